@@ -1,0 +1,157 @@
+"""A language model as data, and the algebra of functions on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.config import ModelConfig
+from jaxllm.models.decoder import Decoder
+from jaxllm.params import Boxed, ParamInfo, Params, flatten
+
+if TYPE_CHECKING:
+    from jaxllm.text import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One line of a ledger: what was done to a model.
+
+    args: the transform's arguments, as JSON values; enough to do it again.
+    touched: {path with layer numbers as N: how many leaves}.
+    parent: hash of the config and the ledger before this entry; "" for the first.
+    """
+
+    name: str
+    args: Mapping[str, Any]
+    touched: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    parent: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+    """A model as data. Transforms return a new one.
+
+    params: nested dict of jax.Array | QArray.
+    ledger: how it came about; begins with where the weights were loaded from.
+    tokenizer: None for a model that only takes token ids.
+    """
+
+    cfg: ModelConfig
+    params: Params
+    ledger: tuple[Entry, ...] = ()
+    tokenizer: Tokenizer | None = None
+
+    @property
+    def info(self) -> dict[str, ParamInfo]:
+        """What each weight's axes mean, by path."""
+        return param_info(self.cfg)
+
+    @property
+    def num_params(self) -> int:
+        return sum(leaf.size for leaf in flatten(self.params).values())
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(leaf.nbytes for leaf in flatten(self.params).values())
+
+
+Transform = Callable[[LM], LM]
+
+
+def chain(*transforms: Transform) -> Transform:
+    """One transform that applies these from left to right."""
+    return lambda lm: functools.reduce(lambda model, transform: transform(model), transforms, lm)
+
+
+# A transform may follow those of its own stage and of earlier ones.
+_STAGES = {"load": 0, "init": 0, "prune_magnitude": 1, "compact": 1, "quantize_int8": 2}
+
+
+def require_order(lm: LM, name: str) -> None:
+    """Raises ValueError when transform `name` may not follow what the ledger holds."""
+    late = [entry.name for entry in lm.ledger if _STAGES[entry.name] > _STAGES[name]]
+    if late:
+        before = [other for other, stage in _STAGES.items() if 0 < stage <= _STAGES[name]]
+        raise ValueError(
+            f"{name} cannot follow {late[0]}: it needs float weights. "
+            f"Do {', '.join(before)} first and {late[0]} last, from the original checkpoint."
+        )
+
+
+def record(lm: LM, name: str, args: Mapping[str, Any], touched: Iterable[str], **changes: Any) -> LM:
+    """The model with `changes` and one more line in its ledger."""
+    counts = Counter(re.sub(r"\d+", "N", path) for path in touched)
+    state = [dataclasses.asdict(lm.cfg), [dataclasses.asdict(entry) for entry in lm.ledger]]
+    parent = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+    return dataclasses.replace(lm, ledger=(*lm.ledger, Entry(name, dict(args), dict(counts), parent)), **changes)
+
+
+def init(cfg: ModelConfig, seed: int = 0) -> LM:
+    """A model with random weights: normal, of variance 1 / fan-in."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+
+    def make(key):
+        return _unbox(Decoder(cfg).init(key, tokens, tokens)["params"])
+
+    return LM(cfg, jax.jit(make)(jax.random.key(seed)), (Entry("init", {"seed": seed}),))
+
+
+@functools.lru_cache(maxsize=64)
+def abstract_params(cfg: ModelConfig) -> Params:
+    """The weights' shapes and types, nothing computed: a nested dict of jax.ShapeDtypeStruct."""
+    return _unbox(_abstract_boxed(cfg))
+
+
+@functools.lru_cache(maxsize=64)
+def param_info(cfg: ModelConfig) -> dict[str, ParamInfo]:
+    return {path: leaf.info for path, leaf in flatten(_abstract_boxed(cfg)).items()}
+
+
+def _abstract_boxed(cfg: ModelConfig) -> Params:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Decoder(cfg).init, jax.random.key(0), tokens, tokens)["params"]
+
+
+def _unbox(params: Params) -> Params:
+    return jax.tree.map(lambda leaf: leaf.value, params, is_leaf=lambda leaf: isinstance(leaf, Boxed))
+
+
+def forward(cfg: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    """Float32 logits [B, T, V] of whole sequences from position 0, no cache. Pure; to be traced."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return Decoder(cfg).apply({"params": params}, tokens_BT, positions_BT)[0]
+
+
+_forward = jax.jit(forward, static_argnums=0)
+
+
+def logits(lm: LM, tokens_BT: Any) -> jax.Array:
+    """What the model predicts after each token.
+
+    tokens_BT: integers in [0, V), [B, T]. Returns float32 [B, T, V]. Compiled once for each shape.
+    """
+    return _forward(lm.cfg, lm.params, jnp.asarray(check_tokens(lm.cfg, tokens_BT)))
+
+
+def check_tokens(cfg: ModelConfig, tokens: Any) -> np.ndarray:
+    """The tokens as an int32 array [B, T]; ValueError when they are not ids of this model's vocabulary."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens are {tokens.dtype} {tokens.shape}; expected integers of shape [B, T], not empty.")
+    if tokens.min() < 0 or tokens.max() >= cfg.vocab_size:
+        raise ValueError(
+            f"token ids run from {tokens.min()} to {tokens.max()}; the model has 0 to {cfg.vocab_size - 1}. "
+            "Was the text encoded with another model's tokenizer?"
+        )
+    return tokens.astype(np.int32)

@@ -1,0 +1,117 @@
+"""The decoder of the Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen 2 and 3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxllm import cache as kv
+from jaxllm.cache import KVCache
+from jaxllm.config import ModelConfig
+from jaxllm.models.layers import Einsum, Embed, RMSNorm, attend, rope, rope_frequencies
+
+LayerCache = tuple[jax.Array, jax.Array]  # k and v, each [B, S, K, H]
+
+
+class Attention(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        c = self.cfg
+        D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
+
+        q_axes, kv_axes = ("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
+        q_BTNH = Einsum("BTD,NHD->BTNH", (N, H, D), q_axes, c.dtype, c.qkv_bias, name="q")(x_BTD)
+        k_BTKH = Einsum("BTD,KHD->BTKH", (K, H, D), kv_axes, c.dtype, c.qkv_bias, name="k")(x_BTD)
+        v_BTKH = Einsum("BTD,KHD->BTKH", (K, H, D), kv_axes, c.dtype, c.qkv_bias, name="v")(x_BTD)
+        if c.qk_norm:
+            q_BTNH = RMSNorm("head_dim", c.norm_eps, c.dtype, name="q_norm")(q_BTNH)
+            k_BTKH = RMSNorm("head_dim", c.norm_eps, c.dtype, name="k_norm")(k_BTKH)
+        freq = rope_frequencies(H, c.rope_theta, c.rope_scaling)
+        q_BTNH, k_BTKH = rope(q_BTNH, positions_BT, freq), rope(k_BTKH, positions_BT, freq)
+
+        if cache is None:
+            k_BSKH, v_BSKH = k_BTKH, v_BTKH
+        else:
+            cache = kv.write(cache[0], k_BTKH, positions_BT), kv.write(cache[1], v_BTKH, positions_BT)
+            k_BSKH, v_BSKH = cache
+        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, positions_BT, c.sliding_window)
+        o_axes = ("embed", "heads", "head_dim")
+        return Einsum("BTNH,DNH->BTD", (D, N, H), o_axes, c.dtype, name="o")(y_BTNH), cache
+
+
+class Mlp(nn.Module):
+    """Gated feed-forward (Shazeer 2020)."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        D, F, dtype = self.cfg.embed_dim, self.cfg.ffw_dim, self.cfg.dtype
+        gate_BTF = Einsum("BTD,FD->BTF", (F, D), ("ffw", "embed"), dtype, name="gate")(x_BTD)
+        up_BTF = Einsum("BTD,FD->BTF", (F, D), ("ffw", "embed"), dtype, name="up")(x_BTD)
+        return Einsum("BTF,DF->BTD", (D, F), ("embed", "ffw"), dtype, name="down")(nn.silu(gate_BTF) * up_BTF)
+
+
+class Block(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        c = self.cfg
+        normed_BTD = RMSNorm("embed", c.norm_eps, c.dtype, name="attn_norm")(x_BTD)
+        y_BTD, cache = Attention(c, name="attn")(normed_BTD, positions_BT, cache)
+        x_BTD += y_BTD
+        x_BTD += Mlp(c, name="mlp")(RMSNorm("embed", c.norm_eps, c.dtype, name="mlp_norm")(x_BTD))
+        return x_BTD, cache
+
+
+class Decoder(nn.Module):
+    """Token ids to logits.
+
+    constrain: applied to the residual stream [B, T, D] between blocks; a sharding constraint where there is a mesh.
+    """
+
+    cfg: ModelConfig
+    constrain: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        cache: KVCache | None = None,
+        last_B: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Returns float32 logits [B, T, V] and the cache with this call's positions written.
+
+        last_B: index into T of the one token of each row to give logits for: then they are [B, 1, V].
+        """
+        c = self.cfg
+        embed = Embed(c.vocab_size, c.embed_dim, c.dtype, name="embed")
+        x_BTD = self.constrain(embed(tokens_BT))
+        caches: list[LayerCache] = []
+        for i in range(c.num_layers):
+            with jax.named_scope(f"layer_{i}"):
+                layer_cache = None if cache is None else (cache.k[i], cache.v[i])
+                x_BTD, layer_cache = Block(c, name=f"layers_{i}")(x_BTD, positions_BT, layer_cache)
+                x_BTD = self.constrain(x_BTD)
+            if layer_cache is not None:
+                caches.append(layer_cache)
+        x_BTD = RMSNorm("embed", c.norm_eps, c.dtype, name="final_norm")(x_BTD)
+        if last_B is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
+        if c.tie_embeddings:
+            logits_BTV = embed.logits(x_BTD)
+        else:
+            shape, axes = (c.vocab_size, c.embed_dim), ("vocab", "embed")
+            logits_BTV = Einsum("BTD,VD->BTV", shape, axes, c.dtype, out_dtype="float32", name="head")(x_BTD)
+        return logits_BTV, None if cache is None else KVCache(*zip(*caches, strict=True))

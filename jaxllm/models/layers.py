@@ -1,0 +1,121 @@
+"""Parts of a decoder, as Linen modules that read like the papers."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxllm import arrays
+from jaxllm.config import LinearRope, Llama3Rope
+from jaxllm.params import boxed
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str, contracted: int) -> jax.Array:
+    fan_in = math.prod(shape[len(shape) - contracted :])
+    return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
+
+
+class Einsum(nn.Module):
+    """A matmul: its weight's contracted axes are the last ones ([out, in], as Hugging Face stores it)."""
+
+    eqn: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: str
+    bias: bool = False
+    out_dtype: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        contracted = arrays.num_contracted(self.eqn)
+
+        def init(key, shape, dtype):
+            return _normal(key, shape, dtype, contracted)
+
+        w = self.param("w", boxed(init, self.axes, contracted), self.shape, self.dtype)
+        y = arrays.einsum(self.eqn, x, w, self.out_dtype)
+        if self.bias:
+            kept = len(self.shape) - contracted
+            y += self.param("b", boxed(nn.initializers.zeros, self.axes[:kept]), self.shape[:kept], self.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """The table of token vectors, looked up on the way in and, where it is tied, contracted on the way out."""
+
+    vocab_size: int
+    embed_dim: int
+    dtype: str
+
+    def setup(self):
+        def init(key, shape, dtype):
+            return _normal(key, shape, dtype, 1)
+
+        shape = (self.vocab_size, self.embed_dim)
+        self.w = self.param("w", boxed(init, ("vocab", "embed"), 1), shape, self.dtype)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        return arrays.take(self.w, tokens_BT, self.dtype)
+
+    def logits(self, x_BTD: jax.Array) -> jax.Array:
+        return arrays.einsum("BTD,VD->BTV", x_BTD, self.w, "float32")
+
+
+class RMSNorm(nn.Module):
+    """Scales the last axis to unit root mean square (Zhang & Sennrich 2019). Computed in float32."""
+
+    axis: str
+    eps: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        w = self.param("w", boxed(nn.initializers.ones, (self.axis,)), x.shape[-1:], self.dtype)
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * w
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Rope | LinearRope | None) -> jax.Array:
+    """Radians a position for each pair: float32 [head_dim / 2]."""
+    freq = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if isinstance(scaling, LinearRope):
+        return freq / scaling.factor
+    if isinstance(scaling, Llama3Rope):
+        turns = scaling.original_max_len * freq / (2 * jnp.pi)  # over the original context
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+        return keep * freq + (1 - keep) * freq / scaling.factor
+    return freq
+
+
+def rope(x_BTNH: jax.Array, positions_BT: jax.Array, freq_h: jax.Array) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021), pairing the two halves of each head as Hugging Face does."""
+    angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * freq_h
+    sin, cos = jnp.sin(angle_BT1h), jnp.cos(angle_BT1h)
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def attend(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, positions_BT: jax.Array, window: int | None
+) -> jax.Array:
+    """Causal grouped-query attention: [B, T, N, H]. Slot s of k and v is position s; softmax in float32.
+
+    window: how many positions back a query looks, itself included; None for all.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+    slots_S = jnp.arange(k_BSKH.shape[1])
+    ago_BTS = positions_BT[:, :, None] - slots_S[None, None, :]
+    seen_BTS = ago_BTS >= 0
+    if window is not None:
+        seen_BTS &= ago_BTS < window
+    scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf)
+    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(B, T, N, H)

@@ -1,0 +1,92 @@
+"""Names and logical axes of a model's weights, and maps over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import traverse_util
+from flax.core import meta
+
+from jaxllm.arrays import Weight
+
+Params = Mapping[str, Any]  # nested dicts of Weight; a leaf's path is its keys joined by "/"
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamInfo:
+    """What the axes of a weight mean.
+
+    axes: a logical axis for each dimension: "vocab", "embed", "heads", "kv_heads", "head_dim" or "ffw".
+    contracted: how many of the last axes are summed over when the weight is applied; 0 for norms and biases.
+    shape: of the weight.
+    """
+
+    axes: tuple[str, ...]
+    contracted: int
+    shape: tuple[int, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Boxed(meta.AxisMetadata):
+    """How a Linen module declares a parameter: the value with its ParamInfo."""
+
+    value: Any
+    info: ParamInfo = dataclasses.field(metadata={"static": True})
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Boxed:
+        return dataclasses.replace(self, value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Boxed:
+        raise NotImplementedError("Layers are an unrolled loop; no transform adds an axis to a weight.")
+
+    remove_axis = add_axis
+
+
+def boxed(init: Callable[..., jax.Array], axes: tuple[str, ...], contracted: int = 0) -> Callable[..., Boxed]:
+    """An initialiser for `self.param` whose value carries its axes."""
+
+    def init_boxed(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Boxed:
+        return Boxed(init(key, shape, dtype), ParamInfo(axes, contracted, shape))
+
+    return init_boxed
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """{"layers_0/mlp/gate/w": leaf, …}."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def select(info: Mapping[str, ParamInfo], match: str) -> Iterator[str]:
+    """Paths of the matmul weights whose whole path matches the regular expression `match`.
+
+    Raises ValueError when there is none, listing what is there: a pattern that does nothing is a mistake.
+    """
+    known = [path for path, entry in info.items() if entry.contracted]
+    try:
+        found = [path for path in known if re.fullmatch(match, path)]
+    except re.error as error:
+        raise ValueError(f"{match!r} is not a regular expression: {error}.") from error
+    if not found:
+        shown = sorted({re.sub(r"\d+", "N", path) for path in known})
+        raise ValueError(f"No weight path matches {match!r}. Weights here: {', '.join(shown)}.")
+    return iter(found)
+
+
+def map_weights(fn: Callable[[str, Weight], Weight], params: Params, paths: Iterator[str]) -> dict[str, Any]:
+    """Replaces the leaves at `paths` by fn(path, leaf)."""
+    flat = flatten(params)
+    for path in paths:
+        flat[path] = fn(path, flat[path])
+    return unflatten(flat)
