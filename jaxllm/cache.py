@@ -19,25 +19,25 @@ class KVCache:
     padded prompt left in it, is never seen.
     """
 
-    k: tuple[jax.Array, ...]  # num_layers × [B, S, K, H]
-    v: tuple[jax.Array, ...]  # num_layers × [B, S, K, H]
+    k: tuple[jax.Array, ...]  # num_layers × [B, K, S, H]
+    v: tuple[jax.Array, ...]  # num_layers × [B, K, S, H]
 
 
 def init_cache(cfg: ModelConfig, batch: int, slots: int) -> KVCache:
     """An empty cache of 2 * num_layers * batch * slots * num_kv_heads * head_dim elements in the model's dtype."""
-    shape = (batch, slots, cfg.num_kv_heads, cfg.head_dim)
+    shape = (batch, cfg.num_kv_heads, slots, cfg.head_dim)
     k, v = (tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.num_layers)) for _ in "kv")
     return KVCache(k, v)
 
 
-def write(cache_BSKH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+def write(cache_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
     """Puts the keys or values of this call into their slots.
 
-    With T > 1 the positions must be contiguous and the same in every row (a prefill chunk); with T == 1 each row has its
-    own, and one that lies beyond the cache is dropped.
+    With T > 1 the positions must be contiguous and the same in every row (a prefill chunk); with T == 1 each row has
+    its own, and one that lies beyond the cache is dropped.
     """
     batch, length = positions_BT.shape
     if length == 1 and batch > 1:
-        rows_B1 = jnp.arange(batch)[:, None]
-        return cache_BSKH.at[rows_B1, positions_BT].set(new_BTKH, mode="drop", unique_indices=True)
-    return jax.lax.dynamic_update_slice_in_dim(cache_BSKH, new_BTKH, positions_BT[0, 0], axis=1)
+        slots = jnp.arange(batch), slice(None), positions_BT[:, 0]
+        return cache_BKSH.at[slots].set(new_BTKH[:, 0], mode="drop", unique_indices=True)
+    return jax.lax.dynamic_update_slice_in_dim(cache_BKSH, new_BTKH.swapaxes(1, 2), positions_BT[0, 0], axis=2)

@@ -13,7 +13,7 @@ from jaxllm.cache import KVCache
 from jaxllm.config import ModelConfig
 from jaxllm.models.layers import Einsum, Embed, RMSNorm, attend, rope, rope_frequencies
 
-LayerCache = tuple[jax.Array, jax.Array]  # k and v, each [B, S, K, H]
+LayerCache = tuple[jax.Array, jax.Array]  # k and v, each [B, K, S, H]
 
 
 class Attention(nn.Module):
@@ -37,11 +37,11 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH = rope(q_BTNH, positions_BT, freq), rope(k_BTKH, positions_BT, freq)
 
         if cache is None:
-            k_BSKH, v_BSKH = k_BTKH, v_BTKH
+            k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
         else:
             cache = kv.write(cache[0], k_BTKH, positions_BT), kv.write(cache[1], v_BTKH, positions_BT)
-            k_BSKH, v_BSKH = cache
-        y_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, positions_BT, c.sliding_window)
+            k_BKSH, v_BKSH = cache
+        y_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions_BT, c.sliding_window)
         o_axes = ("embed", "heads", "head_dim")
         return Einsum("BTNH,DNH->BTD", (D, N, H), o_axes, c.dtype, name="o")(y_BTNH), cache
 

@@ -101,21 +101,21 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, freq_h: jax.Array) -> jax.A
 
 
 def attend(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, positions_BT: jax.Array, window: int | None
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array, window: int | None
 ) -> jax.Array:
     """Causal grouped-query attention: [B, T, N, H]. Slot s of k and v is position s; softmax in float32.
 
     window: how many positions back a query looks, itself included; None for all.
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
-    slots_S = jnp.arange(k_BSKH.shape[1])
-    ago_BTS = positions_BT[:, :, None] - slots_S[None, None, :]
+    K, S = k_BKSH.shape[1:3]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    scores_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
+    ago_BTS = positions_BT[:, :, None] - jnp.arange(S)
     seen_BTS = ago_BTS >= 0
     if window is not None:
         seen_BTS &= ago_BTS < window
     scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
+    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
+    y_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", probs_BKGTS, v_BKSH)
+    return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)

@@ -1,0 +1,214 @@
+"""A model's shapes and a mesh to compiled programs, ahead of time. No weight is needed, nor touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from jaxllm import shard
+from jaxllm.cache import KVCache, init_cache
+from jaxllm.config import ModelConfig
+from jaxllm.hub import cache_dir
+from jaxllm.models.decoder import Decoder
+from jaxllm.params import Params
+from jaxllm.sample import Sampling, SamplingArrays, as_arrays, next_token
+
+CHUNKS = (16, 64, 256)  # tokens of a prompt that one prefill call takes; the smallest that fits is used
+STEPS = 8  # tokens that one decode call yields, at most
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What generation carries from one call to the next; donated to each."""
+
+    cache: KVCache
+    token_B: jax.Array  # int32: drawn, not yet fed to the model
+    position_B: jax.Array  # int32: where token_B stands
+    done_B: jax.Array  # bool: token_B is a stop token
+    seen_BV: jax.Array  # bool: tokens of the prompt and the answer, for the repetition penalty
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of one model, batch, length and mesh.
+
+    start() -> State
+    prefill[C](params, state, tokens_BC, start, lengths_B, sampling) -> (State, token_B)
+        takes tokens start … start + C - 1 of every prompt, of which row b has lengths_B[b]; 0 for a row not in use.
+        token_B has the first new token of the rows whose prompt has ended.
+    decode(params, state, limit, sampling) -> (State, tokens_BN)
+        up to min(limit, N) more tokens of each row; -1 where a row has ended.
+    """
+
+    batch: int
+    slots: int
+    start: Callable[[], State]
+    prefill: Mapping[int, Callable[..., tuple[State, jax.Array]]]
+    decode: Callable[..., tuple[State, jax.Array]]
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, under the cache directory, unless the user has chosen a place already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+
+
+def compile_programs(
+    cfg: ModelConfig, params: Params, batch: int, max_len: int, mesh: Mesh | None = None, steps: int = STEPS
+) -> Programs:
+    """Compiles prefill, in chunks of several lengths, and decode.
+
+    params: the weights or their jax.ShapeDtypeStruct.
+    max_len: tokens of prompt and answer together that a row can hold; rounded up to whole chunks.
+    mesh: None for the default device.
+
+    Raises ValueError when the mesh does not divide a dimension of the model.
+    """
+    for name, value in {"batch": batch, "max_len": max_len, "steps": steps}.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected a positive integer.")
+    if mesh is not None:
+        shard.check_mesh(cfg, mesh, batch)
+    use_compilation_cache()
+    chunks = [size for size in CHUNKS if size < max_len] or [CHUNKS[0]]
+    slots = -(-max_len // chunks[-1]) * chunks[-1]
+
+    sharded = _Shardings(cfg, mesh)
+    decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
+    make_state = functools.partial(_start, cfg, batch, slots)
+    state = sharded.abstract(jax.eval_shape(make_state), sharded.state())
+    weights = sharded.abstract(params, sharded.params(params))
+    how = jax.eval_shape(lambda: as_arrays(Sampling(), frozenset()))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def lower_prefill(chunk: int) -> Any:
+        tokens, lengths = (
+            sharded.abstract(jax.ShapeDtypeStruct(shape, jnp.int32), sharded.batch(len(shape)))
+            for shape in ((batch, chunk), (batch,))
+        )
+        prefill = jax.jit(
+            functools.partial(_prefill, decoder), donate_argnums=1, out_shardings=(sharded.state(), sharded.batch(1))
+        )
+        return prefill.lower(weights, state, tokens, number, lengths, how)
+
+    decode = jax.jit(
+        functools.partial(_decode, decoder, steps),
+        donate_argnums=1,
+        out_shardings=(sharded.state(), sharded.batch(2)),
+    )
+    lowered: dict[Any, Any] = {
+        "start": jax.jit(make_state, out_shardings=sharded.state()).lower(),
+        "decode": decode.lower(weights, state, number, how),
+    } | {chunk: lower_prefill(chunk) for chunk in chunks}
+    with ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
+        compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values()), strict=True))
+    prefill = {chunk: compiled[chunk] for chunk in chunks}
+    return Programs(batch, slots, compiled["start"], prefill, compiled["decode"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shardings:
+    """The rule table applied to what the programs take and give; all None without a mesh."""
+
+    cfg: ModelConfig
+    mesh: Mesh | None
+
+    def params(self, params: Params) -> Any:
+        return None if self.mesh is None else shard.param_shardings(self.cfg, params, self.mesh)
+
+    def batch(self, rank: int) -> Any:
+        return None if self.mesh is None else shard.batch_sharding(self.mesh, rank)
+
+    def state(self) -> Any:
+        if self.mesh is None:
+            return None
+        row = self.batch(1)
+        return State(shard.cache_shardings(self.cfg, self.mesh), row, row, row, self.batch(2))
+
+    def constrain(self, x_BTD: jax.Array) -> jax.Array:
+        """Pins the residual stream; left free, propagation splits it and pays with collectives."""
+        return lax.with_sharding_constraint(x_BTD, self.batch(3))
+
+    def abstract(self, tree: Any, shardings: Any) -> Any:
+        """The shapes and types of `tree`, with these shardings where there is a mesh."""
+        if self.mesh is None:
+            return jax.eval_shape(lambda tree: tree, tree)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def _start(cfg: ModelConfig, batch: int, slots: int) -> State:
+    row_B = jnp.zeros(batch, jnp.int32)
+    seen_BV = jnp.zeros((batch, cfg.vocab_size), bool)
+    return State(init_cache(cfg, batch, slots), row_B, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), seen_BV)
+
+
+def _prefill(
+    decoder: Decoder,
+    params: Params,
+    state: State,
+    tokens_BC: jax.Array,
+    start: jax.Array,
+    lengths_B: jax.Array,
+    how: SamplingArrays,
+) -> tuple[State, jax.Array]:
+    batch, chunk = tokens_BC.shape
+    positions_BC = jnp.broadcast_to(start + jnp.arange(chunk), (batch, chunk))
+    last_B = lengths_B - 1 - start
+    logits_B1V, cache = decoder.apply(
+        {"params": params}, tokens_BC, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1)
+    )
+    rows_B = jnp.arange(batch)
+    seen_BV = state.seen_BV.at[rows_B[:, None], tokens_BC].max(positions_BC < lengths_B[:, None])
+    ends_here_B = (0 <= last_B) & (last_B < chunk)
+    token_B = next_token(logits_B1V[:, 0], seen_BV, lengths_B, how)
+    token_B = jnp.where(ends_here_B, token_B, state.token_B)
+    state = State(
+        cache=cache,
+        token_B=token_B,
+        position_B=lengths_B,
+        done_B=(lengths_B == 0) | (jnp.isin(token_B, how.stop_tokens) & (last_B < chunk)),
+        seen_BV=seen_BV.at[rows_B, token_B].max(ends_here_B),
+    )
+    return state, token_B
+
+
+def _decode(
+    decoder: Decoder, steps: int, params: Params, state: State, limit: jax.Array, how: SamplingArrays
+) -> tuple[State, jax.Array]:
+    batch = state.token_B.shape[0]
+    rows_B = jnp.arange(batch)
+
+    def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
+        step, state, _ = carry
+        return (step < jnp.minimum(limit, steps)) & ~jnp.all(state.done_B)
+
+    def advance(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
+        step, state, out_BN = carry
+        logits_B1V, cache = decoder.apply(
+            {"params": params}, state.token_B[:, None], state.position_B[:, None], state.cache
+        )
+        token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.position_B + 1, how)
+        # A row that has ended stands still: it writes the same slot again, and nothing reads it.
+        token_B = jnp.where(state.done_B, state.token_B, token_B)
+        out_BN = lax.dynamic_update_slice_in_dim(out_BN, jnp.where(state.done_B, -1, token_B)[:, None], step, axis=1)
+        state = State(
+            cache=cache,
+            token_B=token_B,
+            position_B=state.position_B + ~state.done_B,
+            done_B=state.done_B | jnp.isin(token_B, how.stop_tokens),
+            seen_BV=state.seen_BV.at[rows_B, token_B].set(True),
+        )
+        return step + 1, state, out_BN
+
+    out_BN = jnp.full((batch, steps), -1, jnp.int32)
+    _, state, out_BN = lax.while_loop(unfinished, advance, (jnp.int32(0), state, out_BN))
+    return state, out_BN

@@ -1,0 +1,225 @@
+"""Prompts in, answers out: the loop over a model's compiled programs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm import shard
+from jaxllm.compile import Programs, compile_programs
+from jaxllm.config import ModelConfig
+from jaxllm.lm import LM, check_tokens
+from jaxllm.params import Params
+from jaxllm.sample import Sampling, SamplingArrays, as_arrays
+from jaxllm.text import TextStream, Tokenizer
+
+Prompt = str | Sequence[int]
+FinishReason = Literal["stop_token", "stop_string", "length"]
+
+
+@dataclasses.dataclass
+class Result:
+    """The answer to one prompt.
+
+    tokens: the new token ids, a stop token that ended them included.
+    text: what they say, up to a stop token or stop string; "" for a model without a tokenizer.
+    finish_reason: "length" when max_new_tokens or the cache ended it.
+    """
+
+    prompt_tokens: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """A compiled model. Made by `compile`; generate and stream may be called any number of times."""
+
+    cfg: ModelConfig
+    params: Params
+    programs: Programs
+    tokenizer: Tokenizer | None
+    max_len: int
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        stop_tokens: Sequence[int] | None = None,
+        **sampling: float,
+    ) -> list[Result]:
+        """Continues each prompt.
+
+        prompts: texts or lists of token ids, of any lengths and any number; they run in groups of the compiled batch.
+        max_new_tokens: for each prompt; fewer where the compiled max_len leaves less room.
+        stop: strings that end an answer. stop_tokens: ids that do; the tokenizer's by default, () for none.
+        sampling: the fields of `Sampling`: temperature (default 0: greedy), top_k, top_p, min_p, repetition_penalty, seed.
+
+        Raises ValueError for an empty prompt, one that does not fit into max_len, or an argument out of range.
+        """
+        how = Sampling(**sampling)  # pyright: ignore[reportArgumentType]
+        requests = self._requests(prompts, max_new_tokens, stop, stop_tokens)
+        for _ in self._run(requests, how, stop_tokens):
+            pass
+        return [request.result for request in requests]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        stop: Sequence[str] = (),
+        stop_tokens: Sequence[int] | None = None,
+        **sampling: float,
+    ) -> Iterator[str]:
+        """Yields the answer to one prompt as text that only grows, never a part of a character. See `generate`."""
+        how = Sampling(**sampling)  # pyright: ignore[reportArgumentType]
+        requests = self._requests([prompt], max_new_tokens, stop, stop_tokens)
+        return (text for _, text in self._run(requests, how, stop_tokens) if text)
+
+    def _requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        max_new_tokens: int,
+        stop: Sequence[str],
+        stop_tokens: Sequence[int] | None,
+    ) -> list[_Request]:
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer)):
+            prompts = [prompts]  # pyright: ignore[reportAssignmentType]
+        if len(prompts) == 0:
+            raise ValueError("There are no prompts; expected at least one text or list of token ids.")
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a positive integer.")
+        if isinstance(stop, str) or any(not isinstance(text, str) or not text for text in stop):
+            raise ValueError(f"stop is {stop!r}; expected a list of strings, none empty.")
+        if stop and self.tokenizer is None:
+            raise ValueError("Stop strings need a tokenizer and this model has none; use stop_tokens.")
+        return [self._request(i, prompt, max_new_tokens, stop) for i, prompt in enumerate(prompts)]  # pyright: ignore
+
+    def _request(self, i: int, prompt: Prompt, max_new_tokens: int, stop: Sequence[str]) -> _Request:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(f"Prompt {i} is text, and this model has no tokenizer; give a list of token ids.")
+            tokens = self.tokenizer.encode(prompt)
+        else:
+            tokens = list(prompt)
+        if not tokens:
+            raise ValueError(f"Prompt {i} is empty; a model needs at least one token to go on from.")
+        check_tokens(self.cfg, [tokens])
+        if len(tokens) >= self.max_len:
+            raise ValueError(
+                f"Prompt {i} has {len(tokens)} tokens; the engine was compiled for max_len={self.max_len}, prompt and "
+                "answer together. Shorten the prompt or compile with a larger max_len."
+            )
+        text = None if self.tokenizer is None else self.tokenizer.stream(stop)
+        return _Request(tokens, min(max_new_tokens, self.max_len - len(tokens)), text, Result(len(tokens)))
+
+    def _run(
+        self, requests: list[_Request], how: Sampling, stop_tokens: Sequence[int] | None
+    ) -> Iterator[tuple[_Request, str]]:
+        """Runs the requests group by group and yields each new piece of text as it comes."""
+        if stop_tokens is None:
+            stop_tokens = () if self.tokenizer is None else tuple(self.tokenizer.stop_ids)
+        stops = frozenset(stop_tokens)
+        arrays = as_arrays(how, stops)
+        for start in range(0, len(requests), self.programs.batch):
+            group = requests[start : start + self.programs.batch]
+            for block_BN in self._blocks(group, arrays):
+                for request, row in zip(group, block_BN, strict=False):
+                    if text := request.take(row, stops):
+                        yield request, text
+                if all(request.result.finish_reason for request in group):
+                    break
+
+    def _blocks(self, group: list[_Request], how: SamplingArrays) -> Iterator[np.ndarray]:
+        """The group's tokens as they are drawn, int32 [B, N]; -1 after a row's end."""
+        batch = self.programs.batch
+        lengths_B = np.zeros(batch, np.int32)
+        lengths_B[: len(group)] = [len(request.prompt) for request in group]
+        plan = list(plan_prefill(int(lengths_B.max()), list(self.programs.prefill)))
+        tokens_BT = np.zeros((batch, sum(plan)), np.int32)
+        for row, request in zip(tokens_BT, group, strict=False):
+            row[: len(request.prompt)] = request.prompt
+
+        state = self.programs.start()
+        at, tokens = 0, None
+        for chunk in plan:
+            call = self.programs.prefill[chunk]
+            state, tokens = call(self.params, state, tokens_BT[:, at : at + chunk], np.int32(at), lengths_B, how)
+            at += chunk
+        left = max(request.limit for request in group) - 1
+        # The next block is dispatched before this one is read, so that the host's work costs no time.
+        while left > 0:
+            state, ahead = self.programs.decode(self.params, state, np.int32(left), how)
+            yield _columns(tokens)
+            tokens = ahead
+            left -= ahead.shape[1]
+        yield _columns(tokens)
+
+
+@dataclasses.dataclass
+class _Request:
+    prompt: list[int]
+    limit: int  # new tokens
+    stream: TextStream | None
+    result: Result
+
+    def take(self, row: np.ndarray, stops: frozenset[int]) -> str:
+        """Adds tokens to the result until it is finished; returns the text that became certain."""
+        result, new = self.result, ""
+        for token in row.tolist():
+            if result.finish_reason or token < 0:
+                break
+            result.tokens.append(token)
+            if token in stops:
+                result.finish_reason = "stop_token"
+            elif self.stream is not None:
+                new += self.stream.push(token)
+                if self.stream.stopped:
+                    result.finish_reason = "stop_string"
+            if not result.finish_reason and len(result.tokens) == self.limit:
+                result.finish_reason = "length"
+            if result.finish_reason and self.stream is not None:
+                new += self.stream.flush()
+        result.text += new
+        return new
+
+
+def _columns(tokens: jax.Array | None) -> np.ndarray:
+    tokens = np.asarray(tokens)
+    return tokens[:, None] if tokens.ndim == 1 else tokens
+
+
+def plan_prefill(length: int, chunks: Sequence[int]) -> Iterator[int]:
+    """The chunks that take a prompt of `length` tokens: the largest until one that is left fits into a smaller."""
+    chunks = sorted(chunks)
+    while length > 0:
+        chunk = next((size for size in chunks if size >= length), chunks[-1])
+        yield chunk
+        length -= chunk
+
+
+def compile(lm: LM, *, batch: int = 1, max_len: int | None = None, mesh: Mesh | None = None) -> Engine:  # noqa: A001
+    """Compiles a model for generation and puts its weights on the devices.
+
+    batch: prompts that run together. max_len: tokens of prompt and answer; by default 2048 or what the model was
+    trained for, if that is less. mesh: from `make_mesh`; None for one device.
+
+    Raises ValueError when max_len is more than the model was trained for or the mesh does not divide the model.
+    """
+    max_len = min(2048, lm.cfg.max_len) if max_len is None else max_len
+    if max_len > lm.cfg.max_len:
+        raise ValueError(f"max_len={max_len}; the model was trained for at most {lm.cfg.max_len} tokens.")
+    programs = compile_programs(lm.cfg, lm.params, batch, max_len, mesh)
+    params = lm.params
+    if mesh is not None:
+        params = jax.device_put(params, shard.param_shardings(lm.cfg, params, mesh))
+    return Engine(lm.cfg, params, programs, lm.tokenizer, max_len)
