@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,7 +15,7 @@ from jaxllm import shard
 from jaxllm.compile import Programs, compile_programs
 from jaxllm.config import ModelConfig
 from jaxllm.lm import LM, check_tokens
-from jaxllm.params import Params
+from jaxllm.params import Params, flatten
 from jaxllm.sample import Sampling, SamplingArrays, as_arrays
 from jaxllm.text import TextStream, Tokenizer
 
@@ -132,22 +133,26 @@ class Engine:
         arrays = as_arrays(how, stops)
         for start in range(0, len(requests), self.programs.batch):
             group = requests[start : start + self.programs.batch]
-            for block_BN in self._blocks(group, arrays):
+            limit = max(request.limit for request in group)
+            for block_BN in self.token_blocks([request.prompt for request in group], limit, arrays):
                 for request, row in zip(group, block_BN, strict=False):
                     if text := request.take(row, stops):
                         yield request, text
                 if all(request.result.finish_reason for request in group):
                     break
 
-    def _blocks(self, group: list[_Request], how: SamplingArrays) -> Iterator[np.ndarray]:
-        """The group's tokens as they are drawn, int32 [B, N]; -1 after a row's end."""
+    def token_blocks(self, prompts: Sequence[Sequence[int]], limit: int, how: SamplingArrays) -> Iterator[np.ndarray]:
+        """The new tokens of at most `batch` prompts as they are drawn: int32 [B, N]; -1 after a row's end.
+
+        The first block has one column, the others as many as a decode call yields. Prompts and limit must fit max_len.
+        """
         batch = self.programs.batch
         lengths_B = np.zeros(batch, np.int32)
-        lengths_B[: len(group)] = [len(request.prompt) for request in group]
+        lengths_B[: len(prompts)] = [len(prompt) for prompt in prompts]
         plan = list(plan_prefill(int(lengths_B.max()), list(self.programs.prefill)))
         tokens_BT = np.zeros((batch, sum(plan)), np.int32)
-        for row, request in zip(tokens_BT, group, strict=False):
-            row[: len(request.prompt)] = request.prompt
+        for row, prompt in zip(tokens_BT, prompts, strict=False):
+            row[: len(prompt)] = prompt
 
         state = self.programs.start()
         at, tokens = 0, None
@@ -155,7 +160,7 @@ class Engine:
             call = self.programs.prefill[chunk]
             state, tokens = call(self.params, state, tokens_BT[:, at : at + chunk], np.int32(at), lengths_B, how)
             at += chunk
-        left = max(request.limit for request in group) - 1
+        left = limit - 1
         # The next block is dispatched before this one is read, so that the host's work costs no time.
         while left > 0:
             state, ahead = self.programs.decode(self.params, state, np.int32(left), how)
@@ -163,6 +168,15 @@ class Engine:
             tokens = ahead
             left -= ahead.shape[1]
         yield _columns(tokens)
+
+    @property
+    def step_bytes(self) -> int:
+        """What one decode step has to read: every weight that is contracted, and the whole cache."""
+        flat = flatten(self.params)
+        looked_up = 0 if self.cfg.tie_embeddings else flat["embed/w"].nbytes
+        kv = 2 * self.cfg.num_layers * self.cfg.num_kv_heads * self.cfg.head_dim * jnp.dtype(self.cfg.dtype).itemsize
+        weights = sum(leaf.nbytes for leaf in flat.values())
+        return weights - looked_up + kv * self.programs.batch * self.programs.slots
 
 
 @dataclasses.dataclass

@@ -76,9 +76,7 @@ def as_arrays(sampling: Sampling, stop_tokens: frozenset[int]) -> SamplingArrays
     )
 
 
-def next_token(
-    logits_BV: jax.Array, seen_BV: jax.Array, positions_B: jax.Array, how: SamplingArrays
-) -> jax.Array:
+def next_token(logits_BV: jax.Array, seen_BV: jax.Array, positions_B: jax.Array, how: SamplingArrays) -> jax.Array:
     """Draws int32 [B] from float32 logits.
 
     seen_BV: bool, which tokens the repetition penalty is for.

@@ -111,9 +111,7 @@ def test_a_local_path_comes_first(pip, tmp_path, monkeypatch):
     assert not pip.commands
 
 
-@pytest.mark.parametrize(
-    "name", ["", "nothing", "./no/such", "/no/such", "~/no/such", "org/no.gguf", "a/b/c"]
-)
+@pytest.mark.parametrize("name", ["", "nothing", "./no/such", "/no/such", "~/no/such", "org/no.gguf", "a/b/c"])
 def test_an_unknown_name_lists_what_is_accepted(cache, monkeypatch, name):
     monkeypatch.setattr(hub, "_from_hub", _raise(AssertionError("not to be asked")))
     with pytest.raises(hub.HubError, match=r"known name \(tiny\).*org/name@revision") as info:
@@ -334,9 +332,7 @@ def test_a_command_says_nothing_on_stdout(capfd):
 # ---- Hugging Face
 
 
-def _hub_files(
-    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *, sha256: str = _sha256(PAYLOAD)
-) -> list:
+def _hub_files(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *, sha256: str = _sha256(PAYLOAD)) -> list:
     """Puts the repository org/tiny on a fake Hugging Face; returns the patterns that were asked for."""
     asked = []
     small = {"config.json": b"{}", "tokenizer.json": b"{}", "README.md": b"#", "pytorch_model.bin": b"evil"}
@@ -376,9 +372,7 @@ def test_hugging_face_comes_before_the_wheel(pip, tmp_path, monkeypatch):
     assert source == hub.Source(tmp_path / COMMIT, f"Hugging Face org/tiny @ {COMMIT}")
     assert asked == [["config.json", "tokenizer.json"], ["model.safetensors"]]
     assert not pip.commands
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "model_info", _raise(AssertionError("cached: not to be asked"))
-    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", _raise(AssertionError("cached: not to be asked")))
     for name in ("tiny", "org/tiny", "org/tiny@main"):
         assert hub.resolve(name) == source
     assert len(asked) == 2
@@ -387,9 +381,7 @@ def test_hugging_face_comes_before_the_wheel(pip, tmp_path, monkeypatch):
 def test_a_partial_snapshot_is_completed(cache, tmp_path, monkeypatch):
     asked = _hub_files(tmp_path, monkeypatch)
     path = hub.resolve("org/tiny").path
-    (path / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
-    )
+    (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     hub.resolve("org/tiny")
     assert len(asked) == 4
     (path / "model-00001-of-00002.safetensors").touch()
@@ -413,9 +405,7 @@ def test_a_full_disk_before_hugging_face(cache, tmp_path, monkeypatch):
 
 
 def test_a_repository_without_safetensors(cache, monkeypatch):
-    siblings = [
-        types.SimpleNamespace(rfilename=name, size=1, lfs=None) for name in ("config.json", "model.bin")
-    ]
+    siblings = [types.SimpleNamespace(rfilename=name, size=1, lfs=None) for name in ("config.json", "model.bin")]
     info = types.SimpleNamespace(sha=COMMIT, siblings=siblings)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: info)
     with pytest.raises(hub.HubError, match=r"has config\.json; expected config\.json and \*\.safetensors"):

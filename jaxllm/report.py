@@ -1,0 +1,188 @@
+"""Tables, plots and the JSON line: what each step gained and what it cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from jaxllm import evaluate, generate
+from jaxllm.lm import LM
+from jaxllm.measure import measure, read_bandwidth
+from jaxllm.params import flatten
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One model beside the original. Fields as in `measure.Speed` and `evaluate.Quality`.
+
+    pruning_rate: α, the fraction of the original's parameters that are gone or zero.
+    speedup: β, the original's ms per token over this one's.
+    """
+
+    name: str
+    params: int
+    pruning_rate: float
+    weight_bytes: int
+    ttft_ms: float
+    step_ms: float
+    step_spread: float
+    tokens_per_s: float
+    speedup: float
+    bandwidth_use: float
+    perplexity: float
+    kl: float
+    top1: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Rows, the original first, with what is needed to read them."""
+
+    rows: tuple[Row, ...]
+    source: str  # where the original's weights came from
+    machine: str
+    read_gb_s: float
+    batch: int
+    eval_tokens: int
+
+
+def compare_steps(
+    models: Mapping[str, LM],
+    tokens_NT: np.ndarray,
+    *,
+    batch: int = 1,
+    max_len: int = 512,
+    rounds: int = 5,
+    log: Callable[[str], None] = lambda _: None,
+) -> tuple[Report, dict[str, generate.Engine]]:
+    """Compiles, times and evaluates models made from one another; the first is the original.
+
+    tokens_NT: integer ids that quality is measured on. Returns the engines as well, ready to generate.
+    """
+    engines = {}
+    for name, lm in models.items():
+        log(f"compiling {name}")
+        engines[name] = generate.compile(lm, batch=batch, max_len=max_len)
+    log("measuring memory bandwidth")
+    read_gb_s = read_bandwidth()
+    speeds = measure(engines, read_gb_s, rounds=rounds, log=log)
+    first = next(iter(models))
+    original = models[first]
+    rows = []
+    for name, lm in models.items():
+        log(f"evaluating {name} on {tokens_NT.size} tokens")
+        quality = evaluate.compare(lm, original, tokens_NT)
+        row = Row(
+            name=name,
+            params=lm.num_params,
+            pruning_rate=1 - _nonzero(lm) / _nonzero(original),
+            weight_bytes=lm.weight_bytes,
+            speedup=speeds[first].step_ms / speeds[name].step_ms,
+            **dataclasses.asdict(speeds[name]),
+            **dataclasses.asdict(quality),
+        )
+        rows.append(row)
+    origin = original.ledger[0].args.get("origin", original.ledger[0].name) if original.ledger else "unknown"
+    return Report(tuple(rows), str(origin), machine(), read_gb_s, batch, tokens_NT.size), engines
+
+
+def _nonzero(lm: LM) -> int:
+    """Parameters that are not zero; a quantised weight's are its int8 values, scales do not count."""
+    leaves = [getattr(leaf, "values", leaf) for leaf in flatten(lm.params).values()]
+    return sum(int(jnp.count_nonzero(leaf)) for leaf in leaves)
+
+
+def machine() -> str:
+    """The devices and versions that figures were measured with."""
+    device = jax.devices()[0]
+    kind = device.device_kind if device.platform != "cpu" else f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+    return f"{len(jax.devices())} x {kind}, jax {jax.__version__}, Python {platform.python_version()}"
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    return dataclasses.asdict(report)
+
+
+def table(report: Report) -> Table:
+    """The report for a terminal."""
+    caption = (
+        f"Weights: {report.source}. Machine: {report.machine}, reads {report.read_gb_s:.0f} GB/s. "
+        f"Batch {report.batch}; medians. α: fraction of parameters gone or zero; β: speed against the first row; "
+        f"MBU: share of the read bandwidth. Perplexity, KL and top-1 agreement with the first row over "
+        f"{report.eval_tokens} tokens."
+    )
+    out = Table(caption=caption, caption_justify="left")
+    names = (
+        "model",
+        "params",
+        "α",
+        "weights",
+        "TTFT ms",
+        "ms/token",
+        "±",
+        "tokens/s",
+        "β",
+        "MBU",
+        "ppl",
+        "KL",
+        "top-1",
+    )
+    for name in names:
+        out.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
+    for row in report.rows:
+        out.add_row(*_cells(row))
+    return out
+
+
+def _cells(row: Row) -> Sequence[str]:
+    return (
+        row.name,
+        f"{row.params / 1e6:.1f} M",
+        f"{row.pruning_rate:.1%}",
+        f"{row.weight_bytes / 1e6:.0f} MB",
+        f"{row.ttft_ms:.0f}",
+        f"{row.step_ms:.2f}",
+        f"{row.step_spread / 2:.0%}",
+        f"{row.tokens_per_s:.1f}",
+        f"{row.speedup:.2f}x",
+        f"{row.bandwidth_use:.0%}",
+        f"{row.perplexity:.2f}",
+        f"{row.kl:.3f}",
+        f"{row.top1:.1%}",
+    )
+
+
+def plot(report: Report, path: Path) -> None:
+    """Writes a PNG: tokens per second against perplexity, one point a model."""
+    # The object interface, not pyplot: no global state and no window system.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for row in report.rows:
+        axes.scatter(row.tokens_per_s, row.perplexity, s=row.weight_bytes / 2e6 + 10, alpha=0.7)
+        axes.annotate(
+            f"{row.name}\n{row.weight_bytes / 1e6:.0f} MB",
+            (row.tokens_per_s, row.perplexity),
+            textcoords="offset points",
+            xytext=(9, 6),
+            fontsize=9,
+        )
+    axes.set_xlabel(f"tokens per second, batch {report.batch}")
+    axes.set_ylabel(f"perplexity ({report.eval_tokens} tokens)")
+    axes.set_title("Speed against perplexity; area is the size of the weights")
+    axes.margins(0.25)
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
