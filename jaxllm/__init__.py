@@ -1,9 +1,10 @@
 """Make a language model smaller and faster in JAX, compile it for TPU, GPU or CPU, and run it."""
 
+from jaxllm import config
 from jaxllm.checkpoint import export_hf, load, save
 from jaxllm.config import ModelConfig
 from jaxllm.evaluate import Quality, calibration_text, compare, evaluation_text, perplexity, token_windows
-from jaxllm.generate import Engine, Result, compile  # noqa: A004
+from jaxllm.generate import Engine, Result, compile
 from jaxllm.lm import LM, Entry, Transform, chain, init, logits
 from jaxllm.sample import Sampling
 from jaxllm.shard import make_mesh

@@ -108,7 +108,10 @@ def _contract(contracted: int, x: jax.Array, w: Weight) -> jax.Array:
     values = w.values.astype(x.dtype) if isinstance(w, QArray) else w
     axes = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(values.ndim - contracted, values.ndim))
     y = lax.dot_general(x, values, (axes, ((), ())), preferred_element_type=jnp.float32)
-    return y * w.scale.reshape(w.shape[: len(w.shape) - contracted]) if isinstance(w, QArray) else y
+    if not isinstance(w, QArray):
+        return y
+    batch = x.ndim - contracted
+    return y * w.scale.reshape((1,) * batch + w.shape[: len(w.shape) - contracted])
 
 
 # XLA on CPU has fast kernels for float32 and, from two rows on, for bfloat16 and for int8 x int8. Everything else falls

@@ -168,7 +168,7 @@ def _prefill(
     )
     rows_B = jnp.arange(batch)
     seen_BV = state.seen_BV.at[rows_B[:, None], tokens_BC].max(positions_BC < lengths_B[:, None])
-    ends_here_B = (0 <= last_B) & (last_B < chunk)
+    ends_here_B = (last_B >= 0) & (last_B < chunk)
     token_B = next_token(logits_B1V[:, 0], seen_BV, lengths_B, how)
     token_B = jnp.where(ends_here_B, token_B, state.token_B)
     state = State(
@@ -203,7 +203,7 @@ def _decode(
         state = State(
             cache=cache,
             token_B=token_B,
-            position_B=state.position_B + ~state.done_B,
+            position_B=jnp.where(state.done_B, state.position_B, state.position_B + 1),
             done_B=state.done_B | jnp.isin(token_B, how.stop_tokens),
             seen_BV=state.seen_BV.at[rows_B, token_B].set(True),
         )

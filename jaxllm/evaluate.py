@@ -53,15 +53,15 @@ def compare(lm: LM, reference: LM, tokens_NT: Any) -> Quality:
         tokens_1T = tokens_T[None]
         logits_1TV = logits(lm, tokens_1T)
         reference_1TV = logits_1TV if lm is reference else logits(reference, tokens_1T)
-        totals += np.asarray(_score(logits_1TV[0], reference_1TV[0], tokens_T), np.float64)
+        totals += np.asarray(score(logits_1TV[0], reference_1TV[0], tokens_T), np.float64)
     windows, length = tokens_NT.shape
     nll, kl, top1 = totals / (windows * (length - 1))
     return Quality(float(np.exp(nll)), float(kl), float(top1))
 
 
 @jax.jit
-def _score(logits_TV: jax.Array, reference_TV: jax.Array, tokens_T: jax.Array) -> jax.Array:
-    """Sums over the T - 1 predictions whose answer is in the window: [nll, kl, top-1 agreement]."""
+def score(logits_TV: jax.Array, reference_TV: jax.Array, tokens_T: jax.Array) -> jax.Array:
+    """Sums over the T - 1 predictions whose answer is in the window: float32 [nll, kl, top-1 agreement]."""
     logp_TV = jax.nn.log_softmax(logits_TV[:-1])
     reference_logp_TV = jax.nn.log_softmax(reference_TV[:-1])
     nll = -jnp.sum(jnp.take_along_axis(logp_TV, tokens_T[1:, None], axis=1))

@@ -62,7 +62,8 @@ class Engine:
         prompts: texts or lists of token ids, of any lengths and any number; they run in groups of the compiled batch.
         max_new_tokens: for each prompt; fewer where the compiled max_len leaves less room.
         stop: strings that end an answer. stop_tokens: ids that do; the tokenizer's by default, () for none.
-        sampling: the fields of `Sampling`: temperature (default 0: greedy), top_k, top_p, min_p, repetition_penalty, seed.
+        sampling: the fields of `Sampling`: temperature (default 0: greedy), top_k, top_p, min_p, repetition_penalty
+            and seed.
 
         Raises ValueError for an empty prompt, one that does not fit into max_len, or an argument out of range.
         """
@@ -221,7 +222,7 @@ def plan_prefill(length: int, chunks: Sequence[int]) -> Iterator[int]:
         length -= chunk
 
 
-def compile(lm: LM, *, batch: int = 1, max_len: int | None = None, mesh: Mesh | None = None) -> Engine:  # noqa: A001
+def compile(lm: LM, *, batch: int = 1, max_len: int | None = None, mesh: Mesh | None = None) -> Engine:
     """Compiles a model for generation and puts its weights on the devices.
 
     batch: prompts that run together. max_len: tokens of prompt and answer; by default 2048 or what the model was

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from jaxllm import evaluate, generate
+from jaxllm.arrays import QArray
 from jaxllm.lm import LM
 from jaxllm.measure import measure, read_bandwidth
 from jaxllm.params import flatten
@@ -186,3 +189,35 @@ def plot(report: Report, path: Path) -> None:
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def weight_groups(lm: LM) -> list[dict[str, Any]]:
+    """The weights by kind, layers together: path with layer numbers as N, shape, precision, count, bytes, sparsity."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for path, leaf in flatten(lm.params).items():
+        values = leaf.values if isinstance(leaf, QArray) else leaf
+        key = re.sub(r"\d+", "N", path), values.shape, str(values.dtype)
+        empty = {"path": key[0], "shape": list(values.shape), "dtype": key[2], "count": 0, "bytes": 0, "zeros": 0}
+        group = groups.setdefault(key, empty)
+        group["count"] += 1
+        group["bytes"] += leaf.nbytes
+        group["zeros"] += values.size - int(jnp.count_nonzero(values))
+    return list(groups.values())
+
+
+def info_table(lm: LM) -> Table:
+    """What the model is made of, for a terminal."""
+    cfg = lm.cfg
+    title = (
+        f"{cfg.num_layers} layers, embed {cfg.embed_dim}, FFN {cfg.ffw_dim}, {cfg.num_heads} heads and "
+        f"{cfg.num_kv_heads} KV heads of {cfg.head_dim}, vocabulary {cfg.vocab_size}, context {cfg.max_len}, {cfg.dtype}"
+    )
+    out = Table(title=title, caption=f"{lm.num_params / 1e6:.1f} M parameters, {lm.weight_bytes / 1e6:.1f} MB")
+    for name in ("weight", "shape", "precision", "count", "MB", "zeros"):
+        out.add_column(name, justify="left" if name == "weight" else "right", no_wrap=True)
+    for group in weight_groups(lm):
+        size = group["count"] * math.prod(group["shape"])
+        shape = " x ".join(map(str, group["shape"]))
+        cells = (group["path"], shape, group["dtype"], str(group["count"]), f"{group['bytes'] / 1e6:.2f}")
+        out.add_row(*cells, f"{group['zeros'] / size:.1%}")
+    return out

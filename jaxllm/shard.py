@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.arrays import QArray
 from jaxllm.cache import KVCache
-from jaxllm.lm import param_info
 from jaxllm.config import ModelConfig
+from jaxllm.lm import param_info
 from jaxllm.params import Params, flatten, unflatten
 
 AXES = ("data", "model")

@@ -244,9 +244,7 @@ def test_save_round_trips(tmp_path, byte_level, sentencepiece):
 
 def test_a_directory_without_tokenizer_json(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
-    with pytest.raises(
-        FileNotFoundError, match=r"(?s)should hold tokenizer\.json.*tokenizer\.model is not read"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"(?s)should hold tokenizer\.json.*tokenizer\.model is not read"):
         Tokenizer.from_dir(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Tokenizer.from_dir(tmp_path / "nowhere")
@@ -312,12 +310,8 @@ def test_gguf_pre_tokenizers_split_as_their_families_do(tmp_path, pre, pieces):
 def test_gguf_byte_level_is_the_tokenizer_it_came_from(tmp_path, byte_level):
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend = Backend.from_str(byte_level.to_str())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    reader = byte_level_gguf(
-        tmp_path / "m.gguf", byte_level, "smollm", eot_token_id=0, template="{{ bos_token }}"
-    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    reader = byte_level_gguf(tmp_path / "m.gguf", byte_level, "smollm", eot_token_id=0, template="{{ bos_token }}")
     tokenizer = Tokenizer.from_gguf(reader)
     assert (tokenizer.vocab_size, tokenizer.bos_id) == (backend.get_vocab_size(), 0)
     assert tokenizer.stop_ids == {0, 2}
@@ -389,9 +383,7 @@ def sentencepiece_rule(tokens, text):
 
 @pytest.mark.parametrize("prefix", [None, True, False])
 def test_gguf_sentencepiece_follows_its_rule(tmp_path, sentencepiece, prefix):
-    tokenizer = Tokenizer.from_gguf(
-        sentencepiece_gguf(tmp_path / "m.gguf", sentencepiece, add_space_prefix=prefix)
-    )
+    tokenizer = Tokenizer.from_gguf(sentencepiece_gguf(tmp_path / "m.gguf", sentencepiece, add_space_prefix=prefix))
     assert (tokenizer.bos_id, tokenizer.stop_ids) == (1, {2})
     rng = random.Random(0)
     words = " ".join(CORPUS).split(" ")
@@ -638,9 +630,7 @@ def test_chatml(byte_level):
         "<|im_start|>system\nBe kind & brief.<|im_end|>\n"
         "<|im_start|>user\nÇa va?\n{{ 7 * 7 }}<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert tokenizer.apply_chat(TALK[2:], add_generation_prompt=False) == text.removesuffix(
-        "<|im_start|>assistant\n"
-    )
+    assert tokenizer.apply_chat(TALK[2:], add_generation_prompt=False) == text.removesuffix("<|im_start|>assistant\n")
     ids = tokenizer.encode(text, add_special=False)
     assert (ids.count(1), ids.count(2)) == (3, 2)
 
@@ -724,9 +714,7 @@ def test_transformers_reads_the_same_ids(tmp_path, byte_level, sentencepiece, au
         tokenizer = Tokenizer.from_gguf(reader)
     else:
         backend = byte_level if kind == "bytes" else sentencepiece
-        directories = [write_dir(tmp_path / "given", backend, bos_token="<s>", eos_token="</s>")] * (
-            kind != "bytes"
-        )
+        directories = [write_dir(tmp_path / "given", backend, bos_token="<s>", eos_token="</s>")] * (kind != "bytes")
         directories += [write_dir(tmp_path / "bytes", backend, eos_token="<|im_end|>")] * (kind == "bytes")
         tokenizer = Tokenizer.from_dir(directories[0])
     tokenizer.save(tmp_path / "saved")

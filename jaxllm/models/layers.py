@@ -39,7 +39,8 @@ class Einsum(nn.Module):
         y = arrays.einsum(self.eqn, x, w, self.out_dtype)
         if self.bias:
             kept = len(self.shape) - contracted
-            y += self.param("b", boxed(nn.initializers.zeros, self.axes[:kept]), self.shape[:kept], self.dtype)
+            b = self.param("b", boxed(nn.initializers.zeros, self.axes[:kept]), self.shape[:kept], self.dtype)
+            y += jnp.expand_dims(b, range(y.ndim - kept))
         return y
 
 
@@ -76,7 +77,7 @@ class RMSNorm(nn.Module):
         w = self.param("w", boxed(nn.initializers.ones, (self.axis,)), x.shape[-1:], self.dtype)
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * w
+        return normed.astype(x.dtype) * jnp.expand_dims(w, range(x.ndim - 1))
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Rope | LinearRope | None) -> jax.Array:
@@ -94,7 +95,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Rope | LinearRo
 
 def rope(x_BTNH: jax.Array, positions_BT: jax.Array, freq_h: jax.Array) -> jax.Array:
     """Rotary position embedding (Su et al. 2021), pairing the two halves of each head as Hugging Face does."""
-    angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * freq_h
+    angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * freq_h[None, None, None]
     sin, cos = jnp.sin(angle_BT1h), jnp.cos(angle_BT1h)
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
@@ -111,7 +112,7 @@ def attend(
     K, S = k_BKSH.shape[1:3]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     scores_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
-    ago_BTS = positions_BT[:, :, None] - jnp.arange(S)
+    ago_BTS = positions_BT[:, :, None] - jnp.arange(S)[None, None]
     seen_BTS = ago_BTS >= 0
     if window is not None:
         seen_BTS &= ago_BTS < window

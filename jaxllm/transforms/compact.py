@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.calibrate import input_mean_squares
-from jaxllm.evaluate import calibration_text, perplexity, token_windows
-from jaxllm.lm import LM, Transform, record, require_order
+from jaxllm.evaluate import calibration_text, score, token_windows
+from jaxllm.lm import LM, Transform, logits, record, require_order
 from jaxllm.params import flatten, unflatten
 
 TILE = 128  # a TPU's matmul works on multiples of this; a width in between costs as much as the next one
+LAYER_WINDOWS = 1  # of the calibration text that layers are judged on; each costs a forward a layer and removal
 Keep = int | float | None
 
 
@@ -26,8 +27,8 @@ def compact(ffn: Keep = None, kv_heads: Keep = None, layers: Keep = None, calibr
     calibration: integer ids [N, T] of the text that decides; by default the one that ships with the package.
 
     A channel's score is the root mean square of its activation times the norm of the weights that read it (the "down"
-    column); a KV head's is the same summed over its query heads and "o". A layer's is how much the loss grows without
-    it. Weights alone do not do: a few channels with small weights carry most of the signal.
+    column); a KV head's is the same summed over its query heads and "o". A layer's is how far the predictions move (KL)
+    without it. Weights alone do not do: a few channels with small weights carry most of the signal.
 
     Raises ValueError for a count that is not there and for a model that is quantised already.
     Sources: Sun et al. 2024 (Wanda: weight times activation); Men et al. 2024 (ShortGPT: whole layers).
@@ -68,32 +69,41 @@ def _count(name: str, keep: Keep, have: int, tile: int = 1) -> int:
 
 
 def _keep_layers(lm: LM, count: int, tokens_NT: np.ndarray) -> tuple[LM, list[int]]:
-    """The model with its `count` most needed layers, and which those are."""
-    flat = flatten(lm.params)
+    """The model with its `count` most needed layers, and which those are.
+
+    The layer whose absence moves the predictions least goes first, then the next one in what is left.
+    """
     kept = list(range(lm.cfg.num_layers))
+    if count == lm.cfg.num_layers:
+        return lm, kept
+    flat = flatten(lm.params)
+    windows = tokens_NT[:, None][:LAYER_WINDOWS]
+    reference = [logits(lm, tokens_1T) for tokens_1T in windows]
+
+    def divergence(absent: list[int]) -> float:
+        """KL from the whole model with nothing from these layers added to the residual stream: one program for all."""
+        silent = [f"layers_{i}/{out}/w" for i in absent for out in ("attn/o", "mlp/down")]
+        params = unflatten(flat | {path: jnp.zeros_like(flat[path]) for path in silent})
+        without = dataclasses.replace(lm, params=params)
+        scores = [
+            score(logits(without, tokens_1T)[0], reference_1TV[0], tokens_1T[0])[1]
+            for tokens_1T, reference_1TV in zip(windows, reference, strict=True)
+        ]
+        return float(sum(scores))
+
+    absent: list[int] = []
     while len(kept) > count:
-        loss = {
-            i: _loss_without(lm, [j for j in range(lm.cfg.num_layers) if j not in kept] + [i], tokens_NT) for i in kept
-        }
-        kept.remove(min(kept, key=loss.__getitem__))
+        gone = min(kept, key=lambda i: divergence([*absent, i]))
+        absent.append(gone)
+        kept.remove(gone)
     renumber = {f"layers_{old}": f"layers_{new}" for new, old in enumerate(kept)}
     params = {}
     for path, leaf in flat.items():
         top, _, rest = path.partition("/")
-        if not top.startswith("layers_"):
-            params[path] = leaf
-        elif top in renumber:
-            params[f"{renumber[top]}/{rest}"] = leaf
+        if top in renumber or not top.startswith("layers_"):
+            params[f"{renumber.get(top, top)}/{rest}"] = leaf
     cfg = dataclasses.replace(lm.cfg, num_layers=count)
     return dataclasses.replace(lm, cfg=cfg, params=unflatten(params)), kept
-
-
-def _loss_without(lm: LM, layers: list[int], tokens_NT: np.ndarray) -> float:
-    """log-perplexity with nothing from these layers added to the residual stream; one compiled program for all."""
-    flat = flatten(lm.params)
-    silent = {f"layers_{i}/{out}/w" for i in layers for out in ("attn/o", "mlp/down")}
-    flat |= {path: jnp.zeros_like(flat[path]) for path in silent}
-    return float(np.log(perplexity(dataclasses.replace(lm, params=unflatten(flat)), tokens_NT)))
 
 
 def _keep_channels(lm: LM, ffn: int, kv_heads: int, tokens_NT: np.ndarray) -> LM:

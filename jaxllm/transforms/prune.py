@@ -1,4 +1,4 @@
-"""Unstructured pruning: zeros where weights were small. The shapes, and so a dense program's speed, stay as they are."""
+"""Unstructured pruning: zeros where weights were small. Shapes, and so a dense program's speed, stay as they are."""
 
 from __future__ import annotations
 

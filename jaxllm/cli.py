@@ -1,0 +1,420 @@
+"""The `jaxllm` command: parses, calls the library, prints. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+QUESTION = "What is the capital of France?"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0, 1 for an error that is told in one line, 130 for an interrupt."""
+    args = _parser().parse_args(argv)
+    try:
+        result = args.run(args)
+        if args.json:
+            print(json.dumps(result), flush=True)
+        return 0
+    except KeyboardInterrupt:
+        print("\njaxllm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at exit
+        return 141
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if os.environ.get("JAXLLM_DEBUG"):
+            raise
+        print(f"jaxllm: error: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxllm",
+        description="Make a language model smaller and faster, compile it for TPU, GPU or CPU, and run it.",
+        epilog="MODEL is smollm2-135m, a directory, a .gguf file or a Hugging Face id. "
+        "JAXLLM_DEBUG=1 shows the traceback of an error.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], Any], help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print one JSON object on the last line of stdout")
+        return sub
+
+    def model(sub: argparse.ArgumentParser, nargs: Any = None) -> None:
+        sub.add_argument("model", metavar="MODEL", nargs=nargs, help="name, directory, .gguf file or Hugging Face id")
+        sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of float weights; default: as stored")
+
+    def windows(sub: argparse.ArgumentParser, count: int) -> None:
+        sub.add_argument("--text", type=Path, help="file to measure quality on; default: the one that is shipped")
+        sub.add_argument("--windows", type=int, default=count, help="of the text, from its start (default %(default)s)")
+        sub.add_argument("--window-tokens", type=int, default=512, help="tokens a window (default %(default)s)")
+
+    def timing(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--batch", type=int, default=1, help="sequences that run together (default %(default)s)")
+        sub.add_argument("--max-len", type=int, default=512, help="tokens a sequence can hold (default %(default)s)")
+        sub.add_argument("--rounds", type=int, default=5, help="timed rounds (default %(default)s)")
+
+    def generation(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--max-new-tokens", type=int, default=256, help="default %(default)s")
+        sub.add_argument("--max-len", type=int, help="tokens of prompt and answer (default: at most 2048)")
+        sub.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+        sub.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens (default)")
+        sub.add_argument("--top-p", type=float, default=1.0, help="default %(default)s")
+        sub.add_argument("--min-p", type=float, default=0.0, help="default %(default)s")
+        sub.add_argument("--repetition-penalty", type=float, default=1.0, help="default %(default)s")
+        sub.add_argument("--seed", type=int, default=0, help="default %(default)s")
+        sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable")
+        sub.add_argument("--system", help="system message, for a chat model")
+        sub.add_argument("--mesh", metavar="data=1,model=4", help="devices to shard over (default: one)")
+
+    sub = command(
+        "quickstart", _quickstart, "compact, quantise, compile and compare a small model, and ask it something"
+    )
+    sub.add_argument("--model", default="smollm2-135m", metavar="MODEL", help="default %(default)s")
+    sub.add_argument("--question", default=QUESTION, help="default: %(default)r")
+    sub.add_argument("--out", type=Path, default=Path("quickstart"), help="for the plot and JSON (default %(default)s)")
+    sub.add_argument("--rounds", type=int, default=5, help="timed rounds (default %(default)s)")
+    windows(sub, 6)
+
+    sub = command("optimize", _optimize, "make a model smaller and save it, with what each step gained and cost")
+    model(sub)
+    sub.add_argument("--prune", choices=("magnitude",), help="zero the weights that matter least")
+    sub.add_argument("--sparsity", type=float, help="fraction of zeros, with --prune")
+    sub.add_argument(
+        "--scope", choices=("layer", "global"), default="layer", help="of --sparsity (default %(default)s)"
+    )
+    sub.add_argument("--prune-match", metavar="REGEX", help="weight paths to prune (default: all but the embeddings)")
+    sub.add_argument(
+        "--compact", metavar="ffn=0.75,kv_heads=2,layers=24", help="what is kept: a fraction (with a point) or a count"
+    )
+    sub.add_argument(
+        "--calibration", type=Path, help="text that decides what --compact keeps; default: the shipped one"
+    )
+    sub.add_argument("--quantize", choices=("int8",), help="weights as int8, one scale for each output channel")
+    sub.add_argument("--quantize-match", metavar="REGEX", help="weight paths to quantise (default: all)")
+    sub.add_argument("--out", type=Path, required=True, help="directory to write; must not exist or be empty")
+    sub.add_argument("--no-report", action="store_true", help="do not measure speed and quality of each step")
+    timing(sub)
+    windows(sub, 6)
+
+    sub = command("generate", _generate, "continue prompts, or answer them with --chat")
+    model(sub)
+    sub.add_argument("prompt", nargs="*", metavar="PROMPT", help="default: one prompt, from standard input")
+    sub.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
+    generation(sub)
+
+    sub = command("chat", _chat, "talk to a model; an empty line or end of input ends it")
+    model(sub)
+    generation(sub)
+
+    sub = command("eval", _eval, "perplexity on a text, with KL divergence and top-1 agreement against a reference")
+    model(sub)
+    sub.add_argument("--reference", metavar="MODEL", help="what KL and agreement are against (default: MODEL itself)")
+    windows(sub, 16)
+
+    sub = command("bench", _bench, "time one or more models in interleaved rounds")
+    model(sub, nargs="+")
+    sub.add_argument("--prompt-tokens", type=int, default=64, help="default %(default)s")
+    sub.add_argument("--new-tokens", type=int, default=64, help="default %(default)s")
+    sub.add_argument("--mesh", metavar="data=1,model=4", help="devices to shard over (default: one)")
+    timing(sub)
+
+    sub = command("info", _info, "what is in a checkpoint: shape, precision, ledger")
+    model(sub)
+
+    sub = command("export", _export, "write a model as a Hugging Face directory")
+    model(sub)
+    sub.add_argument("--out", type=Path, required=True, help="directory to write; must not exist or be empty")
+    return parser
+
+
+def _log(message: str) -> None:
+    print(f"jaxllm: {message}", file=sys.stderr, flush=True)
+
+
+def _load(name: str, dtype: str | None = None) -> Any:
+    import jaxllm
+
+    start = time.perf_counter()
+    lm = jaxllm.load(name, dtype, log=_log)
+    _log(
+        f"loaded {name}: {lm.num_params / 1e6:.1f} M parameters, {lm.weight_bytes / 1e6:.0f} MB, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
+    return lm
+
+
+def _windows(args: argparse.Namespace, lm: Any) -> Any:
+    import jaxllm
+
+    text = jaxllm.evaluation_text() if args.text is None else _read(args.text)
+    return jaxllm.token_windows(lm, text, args.window_tokens, args.windows)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
+
+
+def _check_out(path: Path) -> None:
+    """Before the slow work, not after it."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(
+            f"{path} exists already and is not an empty directory; choose another --out or remove it."
+        )
+
+
+def _mesh(spec: str | None) -> Any:
+    import jaxllm
+
+    return None if spec is None else jaxllm.make_mesh(**_counts("--mesh", spec, ("data", "model"), int))
+
+
+def _counts(option: str, spec: str, names: Sequence[str], number: Callable[[str], Any]) -> dict[str, Any]:
+    """'a=1,b=2' as a dict; ValueError for other names or values."""
+    out = {}
+    for item in spec.split(","):
+        name, _, value = item.partition("=")
+        try:
+            out[{known: known for known in names}[name.strip()]] = number(value)
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"{option} has {item!r}; expected NAME=NUMBER with NAME one of {', '.join(names)}."
+            ) from None
+    return out
+
+
+def _fraction_or_count(value: str) -> int | float:
+    return float(value) if "." in value else int(value)
+
+
+def _quickstart(args: argparse.Namespace) -> dict[str, Any]:
+    start = time.perf_counter()
+    import jaxllm
+    from jaxllm import report
+
+    original = _load(args.model)
+    small = jaxllm.compact(ffn=0.84)
+    _log("compacting: scoring FFN channels on the calibration text")
+    compacted = small(original)
+    int8 = jaxllm.quantize_int8()
+    models = {"original": original, "compact": compacted, "int8": int8(original), "compact + int8": int8(compacted)}
+    result, engines = report.compare_steps(models, _windows(args, original), rounds=args.rounds, log=_log)
+    _print_report(result, args.out)
+    answers = {}
+    print(f"\nQuestion: {args.question}")
+    for name in ("original", "compact + int8"):
+        prompt = _chat_prompt(original.tokenizer, [{"role": "user", "content": args.question}])
+        answers[name] = engines[name].generate(prompt, max_new_tokens=96)[0].text.strip()
+        print(f"{name}: {answers[name]}")
+    seconds = time.perf_counter() - start
+    _log(f"done in {seconds:.0f} s; next: jaxllm chat {args.model}, jaxllm optimize --help")
+    return report.as_json(result) | {"question": args.question, "answers": answers, "seconds": round(seconds, 1)}
+
+
+def _print_report(result: Any, out: Path) -> None:
+    """Table to stdout, plot and JSON to `out`."""
+    from rich.console import Console
+
+    from jaxllm import report
+
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(report.table(result))
+    report.plot(result, out / "report.png")
+    (out / "report.json").write_text(json.dumps(report.as_json(result), indent=2) + "\n")
+    _log(f"wrote {out / 'report.png'} and {out / 'report.json'}")
+
+
+def _optimize(args: argparse.Namespace) -> dict[str, Any]:
+    import jaxllm
+    from jaxllm import report
+
+    _check_out(args.out)
+    steps: dict[str, Any] = {}
+    if (args.prune is None) != (args.sparsity is None):
+        raise ValueError("--prune and --sparsity go together: --prune magnitude --sparsity 0.5.")
+    kept = None
+    if args.compact:
+        kept = _counts("--compact", args.compact, ("ffn", "kv_heads", "layers"), _fraction_or_count)
+        jaxllm.compact(**kept)  # bad values are refused before anything is loaded
+    if args.prune:
+        match = {} if args.prune_match is None else {"match": args.prune_match}
+        steps["prune"] = jaxllm.prune_magnitude(args.sparsity, scope=args.scope, **match)
+    if args.quantize:
+        steps["int8"] = jaxllm.quantize_int8(*([args.quantize_match] if args.quantize_match else []))
+    if not steps and not kept:
+        raise ValueError("Nothing to do; give --prune, --compact or --quantize.")
+
+    lm = _load(args.model, args.dtype)
+    windows = None if args.no_report else _windows(args, lm)
+    if kept:
+        calibration = None
+        if args.calibration is not None:
+            calibration = jaxllm.token_windows(lm, _read(args.calibration))
+        # Channels leave first: what is zeroed afterwards is chosen among those that stay.
+        steps = {"compact": jaxllm.compact(**kept, calibration=calibration)} | steps
+    models, name = {"original": lm}, ""
+    for step, transform in steps.items():
+        _log(f"applying {step}")
+        name = f"{name} + {step}" if name else step
+        lm = models[name] = transform(lm)
+    jaxllm.save(lm, args.out)
+    _log(f"saved {args.out}: {lm.num_params / 1e6:.1f} M parameters, {lm.weight_bytes / 1e6:.0f} MB")
+    if "prune" in steps:
+        _log("note: zeros in place change no dense program's speed; --compact does")
+    out: dict[str, Any] = {"out": str(args.out), "ledger": [dataclasses.asdict(entry) for entry in lm.ledger]}
+    if windows is not None:
+        result, _ = report.compare_steps(
+            models, windows, batch=args.batch, max_len=args.max_len, rounds=args.rounds, log=_log
+        )
+        _print_report(result, args.out)
+        out |= report.as_json(result)
+    return out
+
+
+def _chat_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    if tokenizer is None:
+        raise ValueError("This model has no tokenizer, and so no chat template.")
+    return tokenizer.encode(tokenizer.apply_chat(messages), add_special=False)
+
+
+def _engine(args: argparse.Namespace, batch: int) -> Any:
+    """Loads and compiles; arguments that cannot work are refused before either."""
+    import jaxllm
+
+    jaxllm.Sampling(**{name: getattr(args, name) for name in SAMPLING})
+    mesh = _mesh(args.mesh)
+    lm = _load(args.model, args.dtype)
+    _log("compiling")
+    return jaxllm.compile(lm, batch=batch, max_len=args.max_len, mesh=mesh)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in (*SAMPLING, "max_new_tokens", "stop")}
+
+
+def _messages(args: argparse.Namespace) -> list[dict[str, str]]:
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
+def _generate(args: argparse.Namespace) -> dict[str, Any]:
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is part of a chat; add --chat.")
+    texts = args.prompt or [sys.stdin.read()]
+    engine = _engine(args, len(texts))
+    prompts: list[Any] = list(texts)
+    if args.chat:
+        turns = [[*_messages(args), {"role": "user", "content": text}] for text in texts]
+        prompts = [_chat_prompt(engine.tokenizer, messages) for messages in turns]
+    if len(prompts) == 1 and not args.json:
+        for text in engine.stream(prompts[0], **_options(args)):
+            print(text, end="", flush=True)
+        print()
+        return {}
+    results = engine.generate(prompts, **_options(args))
+    if not args.json:
+        for text, result in zip(texts, results, strict=True):
+            print(f"--- {text}\n{result.text}")
+    return {"results": [{"prompt": t} | dataclasses.asdict(r) for t, r in zip(texts, results, strict=True)]}
+
+
+def _chat(args: argparse.Namespace) -> dict[str, Any]:
+    engine = _engine(args, 1)
+    messages = _messages(args)
+    _chat_prompt(engine.tokenizer, [*messages, {"role": "user", "content": "Hello"}])  # no template: told now
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            text = ""
+        if not text.strip():
+            return {"messages": messages}
+        messages.append({"role": "user", "content": text})
+        answer = ""
+        try:
+            for piece in engine.stream(_chat_prompt(engine.tokenizer, messages), **_options(args)):
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        print()
+        messages.append({"role": "assistant", "content": answer.strip()})
+
+
+def _eval(args: argparse.Namespace) -> dict[str, Any]:
+    import jaxllm
+
+    lm = _load(args.model, args.dtype)
+    reference = lm if args.reference is None else _load(args.reference, args.dtype)
+    tokens = _windows(args, lm)
+    quality = dataclasses.asdict(jaxllm.compare(lm, reference, tokens))
+    print(f"perplexity {quality['perplexity']:.3f} on {tokens.shape[0]} windows of {tokens.shape[1]} tokens")
+    if args.reference is not None:
+        print(f"KL {quality['kl']:.4f} nats, top-1 agreement {quality['top1']:.1%} with {args.reference}")
+    return {"model": args.model, "reference": args.reference, "windows": list(tokens.shape)} | quality
+
+
+def _bench(args: argparse.Namespace) -> dict[str, Any]:
+    import jaxllm
+    from jaxllm import measure, report
+
+    mesh = _mesh(args.mesh)
+    engines = {}
+    for name in dict.fromkeys(args.model):
+        lm = _load(name, args.dtype)
+        _log(f"compiling {name}")
+        engines[name] = jaxllm.compile(lm, batch=args.batch, max_len=args.max_len, mesh=mesh)
+    read_gb_s = measure.read_bandwidth()
+    shape = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
+    speeds = measure.measure(engines, read_gb_s, rounds=args.rounds, log=_log, **shape)
+    for name, speed in speeds.items():
+        print(
+            f"{name}: TTFT {speed.ttft_ms:.0f} ms, {speed.step_ms:.2f} ms a step (±{speed.step_spread / 2:.0%}), "
+            f"{speed.tokens_per_s:.1f} tokens/s, {speed.bandwidth_use:.0%} of {read_gb_s:.0f} GB/s"
+        )
+    rows = {name: dataclasses.asdict(speed) for name, speed in speeds.items()}
+    return shape | {"batch": args.batch, "read_gb_s": read_gb_s, "machine": report.machine(), "models": rows}
+
+
+def _info(args: argparse.Namespace) -> dict[str, Any]:
+    from rich.console import Console
+
+    from jaxllm import report
+
+    lm = _load(args.model, args.dtype)
+    weights = report.weight_groups(lm)
+    ledger = [dataclasses.asdict(entry) for entry in lm.ledger]
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(report.info_table(lm))
+    for entry in ledger:
+        console.print(f"{entry['name']}: {json.dumps(entry['args'])}", markup=False, highlight=False)
+    sizes = {"params": lm.num_params, "weight_bytes": lm.weight_bytes}
+    return {"config": dataclasses.asdict(lm.cfg), "weights": weights, "ledger": ledger} | sizes
+
+
+def _export(args: argparse.Namespace) -> dict[str, Any]:
+    import jaxllm
+
+    _check_out(args.out)
+    lm = _load(args.model, args.dtype)
+    jaxllm.export_hf(lm, args.out)
+    _log(f"wrote {args.out}")
+    return {"out": str(args.out)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import arrays
+from jaxllm.arrays import QArray
+
+
+def weight(shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+@pytest.mark.parametrize(("shape", "contracted"), [((7, 5, 12), 1), ((9, 3, 4), 2), ((5, 1), 1)])
+def test_rounding_error_is_at_most_half_a_step_and_zeros_stay(shape, contracted):
+    w = weight(shape).at[0].set(0.0).at[1, 0].set(0.0)
+    q = arrays.quantize(w, contracted)
+    assert q.values.dtype == jnp.int8
+    assert q.scale.shape == shape[: len(shape) - contracted] + (1,) * contracted
+    error = jnp.abs(arrays.dequantize(q) - w)
+    assert bool(jnp.all(error <= q.scale / 2 * (1 + 1e-5)))
+    assert bool(jnp.all(q.values[w == 0] == 0))
+    assert int(jnp.max(jnp.abs(q.values))) == 127
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 127, 128, 300])
+def test_every_form_of_the_cpu_contraction_equals_float64(rows):
+    q = arrays.quantize(weight((10, 3, 64)), 1)
+    x = weight((rows, 64), seed=1) * jnp.asarray(10.0 ** np.arange(rows).clip(0, 5)[:, None], jnp.float32)
+    y = arrays.einsum("BK,NHK->BNH", x, q)
+    exact = np.einsum("bk,nhk->bnh", np.asarray(x, np.float64), np.asarray(arrays.dequantize(q), np.float64))
+    # 16 bits of each row's largest activation, times the root of the number of terms.
+    bound = 2e-5 * np.abs(exact).max(axis=(1, 2), keepdims=True) * 8
+    assert np.all(np.abs(np.asarray(y) - exact) <= bound)
+
+
+def test_a_row_of_zeros_stays_zero():
+    q = arrays.quantize(weight((4, 8)), 1)
+    np.testing.assert_array_equal(arrays.einsum("BK,NK->BN", jnp.zeros((2, 8)), q), np.zeros((2, 4)))
+
+
+def test_the_default_form_equals_the_cpu_form():
+    q, x = arrays.quantize(weight((6, 4, 32)), 1), weight((3, 32), seed=2)
+    np.testing.assert_allclose(arrays._contract(1, x, q), arrays._contract_cpu(1, x, q), atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_bfloat16_accumulates_in_float32(rows):
+    x, w = weight((rows, 4096)).astype(jnp.bfloat16), weight((4, 4096), seed=3).astype(jnp.bfloat16)
+    y = arrays.einsum("BK,NK->BN", x, w, jnp.float32)
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    np.testing.assert_allclose(y, exact, atol=1e-3)
+
+
+def test_two_contracted_axes():
+    x, w = weight((2, 5, 3, 4)), weight((6, 3, 4), seed=4)
+    expected = np.einsum("btnh,dnh->btd", x, w)
+    np.testing.assert_allclose(arrays.einsum("BTNH,DNH->BTD", x, w), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("eqn", ["BK,KN->BN", "BK,NK->NB", "BK,NK->B", "BKJ,NJK->BN", "BK,NK"])
+def test_other_equations_are_refused(eqn):
+    with pytest.raises(ValueError, match="not of the form"):
+        arrays.num_contracted(eqn)
+
+
+def test_shapes_that_do_not_contract_are_refused():
+    with pytest.raises(ValueError, match=r"does not contract with \(4, 9\)"):
+        arrays.einsum("BK,NK->BN", jnp.ones((1, 8)), jnp.ones((4, 9)))
+
+
+def test_take_equals_rows_of_the_dequantised_table():
+    q = arrays.quantize(weight((20, 6)), 1)
+    rows = jnp.asarray([[3, 19], [0, 3]])
+    np.testing.assert_array_equal(arrays.take(q, rows, jnp.float32), arrays.dequantize(q)[rows])
+
+
+def test_a_tap_sees_what_its_weight_is_applied_to():
+    seen = {}
+
+    def run(w, x):
+        tap = arrays.Tap(w, lambda x, y: seen.update(x=x.shape, y=y.shape))
+        return arrays.einsum("BK,NK->BN", x, tap)
+
+    w, x = weight((4, 8)), weight((2, 8), seed=1)
+    np.testing.assert_array_equal(jax.jit(run)(w, x), arrays.einsum("BK,NK->BN", x, w))
+    assert seen == {"x": (2, 8), "y": (2, 4)}
+
+
+def test_a_quantised_array_is_a_pytree_whose_first_leaf_has_the_weights_shape():
+    q = arrays.quantize(weight((4, 8)), 1)
+    assert [leaf.shape for leaf in jax.tree.leaves(q)] == [(4, 8), (4, 1)]
+    assert isinstance(jax.tree.map(lambda a: a, q), QArray)

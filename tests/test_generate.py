@@ -1,0 +1,173 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxllm
+from jaxllm.generate import plan_prefill
+from jaxllm.models.decoder import Decoder
+from jaxllm.cache import init_cache
+from tests.conftest import FAMILIES, TINY
+
+PROMPTS = [list(range(5, 25)), [7], list(range(100, 3, -1))]  # 20, 1 and 97 tokens
+
+
+def greedy(lm, prompt, count):
+    """The slow way: a full forward for every token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        padded = np.zeros((1, len(prompt) + count), np.int32)
+        padded[0, : len(tokens)] = tokens
+        tokens.append(int(jnp.argmax(jaxllm.logits(lm, padded)[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+def test_prefill_then_decode_equals_one_forward(family):
+    cfg = family.cfg
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 32)).astype(np.int32)
+    full = jaxllm.logits(family, tokens)
+    decoder, cache, steps = Decoder(cfg), init_cache(cfg, 2, 48), []
+    run = jax.jit(lambda tokens, positions, cache: decoder.apply({"params": family.params}, tokens, positions, cache))
+    for start, length in [(0, 16), (16, 8), *((t, 1) for t in range(24, 32))]:
+        positions = np.broadcast_to(np.arange(start, start + length), (2, length))
+        logits, cache = run(tokens[:, start : start + length], positions, cache)
+        steps.append(logits)
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), full, atol=2e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_prompts_of_different_lengths_equal_the_slow_way(tiny, batch):
+    engine = jaxllm.compile(tiny, batch=batch, max_len=128)
+    for prompt, result in zip(PROMPTS, engine.generate(PROMPTS, max_new_tokens=11), strict=True):
+        assert result.tokens == greedy(tiny, prompt, 11)
+        assert (result.finish_reason, result.prompt_tokens) == ("length", len(prompt))
+
+
+def test_families_generate_what_their_forward_says(family):
+    engine = jaxllm.compile(family, batch=2, max_len=64)
+    prompts = [list(range(30)), [3, 2, 1]]
+    for prompt, result in zip(prompts, engine.generate(prompts, max_new_tokens=9), strict=True):
+        assert result.tokens == greedy(family, prompt, 9)
+
+
+def test_the_cache_fills_to_its_last_slot(tiny):
+    engine = jaxllm.compile(tiny, max_len=32)
+    (result,) = engine.generate([list(range(30))], max_new_tokens=99)
+    assert result.tokens == greedy(tiny, range(30), 2)
+
+
+def test_a_stop_token_ends_its_row_only(tiny):
+    engine = jaxllm.compile(tiny, batch=2, max_len=128)
+    free = engine.generate(PROMPTS[:2], max_new_tokens=20)
+    stop = free[0].tokens[4]
+    stopped = engine.generate(PROMPTS[:2], max_new_tokens=20, stop_tokens=[stop])
+    assert stopped[0].tokens == free[0].tokens[: free[0].tokens.index(stop) + 1]
+    assert stopped[0].finish_reason == "stop_token"
+    if stop not in free[1].tokens:
+        assert stopped[1].tokens == free[1].tokens
+
+
+def test_chance_depends_on_seed_row_and_position_only(tiny):
+    engine = jaxllm.compile(tiny, batch=2, max_len=64)
+    options = {"max_new_tokens": 12, "temperature": 1.5, "top_p": 0.95}
+    first, again = (engine.generate([[1, 2], [1, 2]], seed=3, **options) for _ in range(2))
+    assert [r.tokens for r in first] == [r.tokens for r in again]
+    assert first[0].tokens != first[1].tokens
+    assert engine.generate([[1, 2], [9]], seed=3, **options)[0].tokens == first[0].tokens
+    assert engine.generate([[1, 2], [1, 2]], seed=4, **options)[0].tokens != first[0].tokens
+
+
+def test_repetition_penalty_counts_prompt_and_answer(tiny):
+    engine = jaxllm.compile(tiny, max_len=128)
+    (result,) = engine.generate([[1, 2, 3]], max_new_tokens=60, repetition_penalty=1e6)
+    # Only positive logits of unseen tokens survive such a penalty.
+    assert len({1, 2, 3, *result.tokens}) == 63
+
+
+@pytest.mark.parametrize("mesh", [{"model": 4}, {"data": 2, "model": 2}, {"data": 4}])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_sharded_equals_unsharded(tiny, mesh, quantised):
+    lm = jaxllm.quantize_int8()(tiny) if quantised else tiny
+    prompts = [list(range(3 + n, 40 - n)) for n in range(4)]
+    plain = jaxllm.compile(lm, batch=4, max_len=64).generate(prompts, max_new_tokens=12)
+    engine = jaxllm.compile(lm, batch=4, max_len=64, mesh=jaxllm.make_mesh(**mesh))
+    sharded = engine.generate(prompts, max_new_tokens=12)
+    assert [r.tokens for r in sharded] == [r.tokens for r in plain]
+    gate = engine.params["layers_0"]["mlp"]["gate"]["w"]
+    gate = gate.values if quantised else gate
+    assert gate.addressable_shards[0].data.shape[0] == TINY.ffw_dim // mesh.get("model", 1)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch", "message"),
+    [
+        ({"model": 3}, 1, r"vocab_size=256 does not divide .* model=3 .*\[1, 2, 4\]"),
+        ({"data": 4}, 2, r"batch=2 does not divide .* data=4 .*\[1, 2\]"),
+        ({"model": 8}, 1, "needs 8 devices; there are 4"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_refused(tiny, mesh, batch, message):
+    with pytest.raises(ValueError, match=message):
+        jaxllm.compile(tiny, batch=batch, max_len=64, mesh=jaxllm.make_mesh(**mesh))
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return jaxllm.compile(tiny, max_len=32)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "no prompts"),
+        ([[]], {}, "Prompt 0 is empty"),
+        ([[1], list(range(32))], {}, "Prompt 1 has 32 tokens; .* max_len=32"),
+        ([[256]], {}, "256; the model has 0 to 255"),
+        ([[-1]], {}, "from -1"),
+        (["text"], {}, "no tokenizer"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+        ([[1]], {"temperature": float("nan")}, "temperature is nan"),
+        ([[1]], {"top_k": -1}, "top_k is -1"),
+        ([[1]], {"top_p": 0.0}, "top_p is 0.0"),
+        ([[1]], {"min_p": 1.1}, "min_p is 1.1"),
+        ([[1]], {"repetition_penalty": 0.0}, "repetition_penalty is 0"),
+        ([[1]], {"seed": -1}, "seed is -1"),
+        ([[1]], {"stop_tokens": list(range(17))}, "at most 16"),
+        ([[1]], {"stop": ["x"]}, "need a tokenizer"),
+        ([[1]], {"stop": [""]}, "stop is"),
+    ],
+)
+def test_bad_requests_are_refused(engine, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        engine.generate(prompts, **options)
+
+
+@pytest.mark.parametrize("options", [{"batch": 0}, {"max_len": 0}, {"max_len": 257}])
+def test_bad_shapes_are_refused(tiny, options):
+    with pytest.raises(ValueError, match=r"positive integer|at most 256"):
+        jaxllm.compile(tiny, **options)
+
+
+def test_an_abandoned_stream_leaves_the_engine_usable(engine):
+    blocks = engine.generate([[1, 2, 3]], max_new_tokens=20)
+    run = engine._run(engine._requests([[1, 2, 3]], 20, (), None), jaxllm.Sampling(), None)
+    next(run, None)
+    run.close()
+    assert engine.generate([[1, 2, 3]], max_new_tokens=20) == blocks
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65, 256, 257, 700])
+def test_a_prefill_plan_covers_the_prompt_and_starts_at_whole_chunks(length):
+    plan = list(plan_prefill(length, [16, 64, 256]))
+    assert sum(plan) >= length > sum(plan[:-1])
+    assert all(chunk == 256 for chunk in plan[:-1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_dtype_generates(dtype):
+    lm = jaxllm.init(dataclasses.replace(FAMILIES["qwen3"], dtype=dtype))
+    for model in (lm, jaxllm.quantize_int8()(lm)):
+        assert len(jaxllm.compile(model, max_len=32).generate([[1, 2]], max_new_tokens=5)[0].tokens) == 5

@@ -1,0 +1,93 @@
+"""Contracts on the compiled programs: what is read, copied and kept in place."""
+
+import re
+
+import jax
+import pytest
+
+import jaxllm
+from jaxllm.compile import compile_programs
+from jaxllm.params import flatten
+from tests.conftest import TINY
+
+
+@pytest.fixture(scope="module")
+def programs():
+    lm = jaxllm.quantize_int8()(jaxllm.init(TINY))
+    shapes = jax.eval_shape(lambda params: params, lm.params)  # shapes are enough
+    return lm, compile_programs(lm.cfg, shapes, batch=1, max_len=256)
+
+
+def executables(programs):
+    return {"decode": programs.decode} | {f"prefill {chunk}": program for chunk, program in programs.prefill.items()}
+
+
+def test_quantised_weights_enter_as_int8_and_no_float_copy_leaves_a_fusion(programs):
+    lm, programs = programs
+    shapes = {leaf.values.shape for path, leaf in flatten(lm.params).items() if lm.info[path].contracted}
+    flat = {tuple(sorted((shape[0], leaf_size // shape[0]))) for shape in shapes for leaf_size in [_size(shape)]}
+    for name, program in executables(programs).items():
+        text = program.as_text()
+        entry = text[text.index("\nENTRY ") :]
+        for shape in shapes:
+            dims = ",".join(map(str, shape))
+            assert re.search(rf"s8\[{dims}\]\S* parameter\(", entry), (name, shape)
+        # Outside fusion bodies, whose values never reach memory, no float value has a weight's extent.
+        for line in _outside_fusions(text):
+            for dims in re.findall(r"= (?:f32|bf16|f16)\[([\d,]+)\]", line):
+                shape = tuple(int(d) for d in dims.split(",") if d != "1")
+                assert shape not in shapes, (name, line)
+                assert tuple(sorted(shape)) not in flat, (name, line)
+
+
+def _size(shape):
+    size = 1
+    for extent in shape:
+        size *= extent
+    return size
+
+
+def _outside_fusions(text):
+    fused = set(re.findall(r"fusion\(.*calls=%?([\w.-]+)", text))
+    body = None
+    for line in text.splitlines():
+        if match := re.match(r"(?:ENTRY )?%([\w.-]+) .*\{$", line):
+            body = match.group(1)
+        elif body not in fused and " parameter(" not in line and "get-tuple-element(" not in line:
+            yield line
+
+
+def test_the_check_above_sees_a_float_copy():
+    def upcast(x, w):
+        return x @ w.astype(x.dtype).T
+
+    shapes = jax.ShapeDtypeStruct((300, 96), "float32"), jax.ShapeDtypeStruct((64, 96), "int8")
+    text = jax.jit(upcast).lower(*shapes).compile().as_text()
+    found = [line for line in _outside_fusions(text) if re.search(r"= f32\[(64,96|96,64)\]", line)]
+    assert found
+
+
+def test_the_state_is_updated_in_place(programs):
+    lm, programs = programs
+    cache_bytes = 2 * lm.cfg.num_layers * programs.slots * lm.cfg.num_kv_heads * lm.cfg.head_dim * 4
+    for name, program in executables(programs).items():
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= cache_bytes, name
+        aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", program.as_text()).group(1)
+        assert aliased.count("alias)") >= 2 * lm.cfg.num_layers, name
+
+
+def test_no_copy_of_the_cache_in_a_decode_step(programs):
+    lm, programs = programs
+    cache = f"f32[1,{lm.cfg.num_kv_heads},{programs.slots},{lm.cfg.head_dim}]"
+    copies = [line for line in _outside_fusions(programs.decode.as_text()) if f"= {cache}" in line and " copy(" in line]
+    assert not copies
+
+
+def test_collectives_of_a_sharded_step_are_those_of_the_rule_table():
+    lm = jaxllm.init(TINY)
+    mesh = jaxllm.make_mesh(model=4)
+    text = compile_programs(lm.cfg, lm.params, batch=1, max_len=64, mesh=mesh).decode.as_text()
+    names = re.findall(r"op_name=\"[^\"]*(layer_\d+)[^\"]*\"", "\n".join(l for l in text.splitlines() if " all-reduce(" in l))
+    assert len(names) <= 2 * lm.cfg.num_layers
+    assert not re.search(r" (all-to-all|collective-permute)\(", text)
