@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,6 +62,10 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
                 raise ValueError(f"{name} is {value!r}; expected a positive integer.")
+        for name in ("norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}; expected a positive number.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
@@ -125,7 +130,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         head_dim=hf.get("head_dim") or need("hidden_size") // num_heads,
         ffw_dim=need("intermediate_size"),
         max_len=need("max_position_embeddings"),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
         rope_scaling=_rope_scaling(rope),
         tie_embeddings=hf.get("tie_word_embeddings", False),

@@ -1,0 +1,76 @@
+"""Weights in and out: Hugging Face and GGUF in, Hugging Face out, and jaxllm's own format both ways.
+
+The only code that reads or writes weights. Files are a stranger's: names, shapes, types and sizes are checked from
+headers before a weight is read, and nothing here runs code that came with them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxllm import hub
+from jaxllm.checkpoint import hf, native
+from jaxllm.lm import LM
+
+__all__ = ["export_hf", "load", "load_path", "save"]
+
+
+def load(
+    name_or_path: str | os.PathLike[str], *, dtype: str | None = None, log: Callable[[str], None] | None = None
+) -> LM:
+    """Loads a model by name or path: finds it with `hub.resolve`, then reads it with `load_path`.
+
+    name_or_path, log: see `hub.resolve`; a Hugging Face id, a directory, a .gguf file or a known name.
+    dtype: see `load_path`.
+    Raises hub.HubError when it cannot be had, and what `load_path` raises.
+    """
+    source = hub.resolve(name_or_path, log=log)
+    return load_path(source.path, origin=source.origin, dtype=dtype)
+
+
+def load_path(path: str | os.PathLike[str], *, origin: str, dtype: str | None = None) -> LM:
+    """Loads what is at `path`: a directory of `save`, a Hugging Face directory, or a .gguf file.
+
+    origin: where the files come from, in a line, for the ledger. A directory of `save` has a ledger already.
+    dtype: of float weights and activations: "float32", "bfloat16" or "float16". None keeps the checkpoint's, and
+        means float32 for a quantised GGUF, whose weights are dequantised.
+    Memory: the weights, one tensor more, and what Python and JAX take.
+    Raises FileNotFoundError when nothing is there, ValueError when it cannot be read, before reading weights where
+    headers tell.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        from jaxllm.checkpoint import gguf  # the library takes a quarter of a second
+
+        return gguf.load(path, origin=origin, dtype=dtype)
+    if (path / native.MANIFEST).is_file():
+        return native.load(path, dtype=dtype)
+    if (path / "config.json").is_file():
+        return hf.load(path, origin=origin, dtype=dtype)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    ggufs = sorted(file.name for file in path.glob("*.gguf")) if path.is_dir() else []
+    hint = f" Give one of its files: {', '.join(ggufs[:4])}." if ggufs else ""
+    raise ValueError(
+        f"{path} is no model: expected a directory with {native.MANIFEST} or config.json, or a .gguf file.{hint}"
+    )
+
+
+def save(lm: LM, path: str | os.PathLike[str]) -> None:
+    """Writes a model in jaxllm's own format, which `load_path` restores bit for bit, ledger and tokenizer included.
+
+    All or nothing: it is written beside `path` and renamed at the end.
+    Raises FileExistsError when `path` exists and is not an empty directory, OSError when the disk is too full.
+    """
+    native.save(lm, Path(path))
+
+
+def export_hf(lm: LM, path: str | os.PathLike[str]) -> None:
+    """Writes a Hugging Face directory that transformers loads: config, safetensors in shards of 2 GB, tokenizer.
+
+    Quantised weights are written dequantised, in `lm.cfg.dtype`; the ledger is left out.
+    All or nothing, and raises as `save` does; ValueError when no Hugging Face architecture is this model.
+    """
+    hf.export(lm, Path(path))
