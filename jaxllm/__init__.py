@@ -1,6 +1,5 @@
 """Make a language model smaller and faster in JAX, compile it for TPU, GPU or CPU, and run it."""
 
-from jaxllm import config
 from jaxllm.checkpoint import export_hf, load, save
 from jaxllm.config import ModelConfig
 from jaxllm.evaluate import Quality, calibration_text, compare, evaluation_text, perplexity, token_windows

@@ -17,27 +17,38 @@ class KVCache:
 
     A slot is read only by queries at its own or a later position, so what a slot held before it was written, or what a
     padded prompt left in it, is never seen.
+
+    Keys have their slots last and values their head_dim, so that both matmuls of attention read the cache as it lies;
+    the other way round XLA on CPU transposes the whole of it in every step.
     """
 
-    k: tuple[jax.Array, ...]  # num_layers × [B, K, S, H]
-    v: tuple[jax.Array, ...]  # num_layers × [B, K, S, H]
+    k: tuple[jax.Array, ...]  # num_layers of [B, K, H, S]
+    v: tuple[jax.Array, ...]  # num_layers of [B, K, S, H]
 
 
 def init_cache(cfg: ModelConfig, batch: int, slots: int) -> KVCache:
-    """An empty cache of 2 * num_layers * batch * slots * num_kv_heads * head_dim elements in the model's dtype."""
-    shape = (batch, cfg.num_kv_heads, slots, cfg.head_dim)
-    k, v = (tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.num_layers)) for _ in "kv")
+    """An empty cache: 2 * num_layers * batch * slots * num_kv_heads * head_dim elements of the model's dtype."""
+    k_shape = (batch, cfg.num_kv_heads, cfg.head_dim, slots)
+    v_shape = (batch, cfg.num_kv_heads, slots, cfg.head_dim)
+    k, v = (tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.num_layers)) for shape in (k_shape, v_shape))
     return KVCache(k, v)
 
 
-def write(cache_BKSH: jax.Array, new_BTKH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """Puts the keys or values of this call into their slots.
+def write(
+    k_BKHS: jax.Array, v_BKSH: jax.Array, new_k_BTKH: jax.Array, new_v_BTKH: jax.Array, positions_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Puts the keys and values of this call into their slots.
 
     With T > 1 the positions must be contiguous and the same in every row (a prefill chunk); with T == 1 each row has
     its own, and one that lies beyond the cache is dropped.
     """
     batch, length = positions_BT.shape
     if length == 1 and batch > 1:
-        slots = jnp.arange(batch), slice(None), positions_BT[:, 0]
-        return cache_BKSH.at[slots].set(new_BTKH[:, 0], mode="drop", unique_indices=True)
-    return jax.lax.dynamic_update_slice_in_dim(cache_BKSH, new_BTKH.swapaxes(1, 2), positions_BT[0, 0], axis=2)
+        rows_B, slots_B = jnp.arange(batch), positions_BT[:, 0]
+        k_BKHS = k_BKHS.at[rows_B, :, :, slots_B].set(new_k_BTKH[:, 0], mode="drop", unique_indices=True)
+        v_BKSH = v_BKSH.at[rows_B, :, slots_B].set(new_v_BTKH[:, 0], mode="drop", unique_indices=True)
+        return k_BKHS, v_BKSH
+    start = positions_BT[0, 0]
+    k_BKHS = jax.lax.dynamic_update_slice_in_dim(k_BKHS, new_k_BTKH.transpose(0, 2, 3, 1), start, axis=3)
+    v_BKSH = jax.lax.dynamic_update_slice_in_dim(v_BKSH, new_v_BTKH.transpose(0, 2, 1, 3), start, axis=2)
+    return k_BKHS, v_BKSH

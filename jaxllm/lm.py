@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.models.decoder import Decoder
-from jaxllm.params import Boxed, ParamInfo, Params, flatten
+from jaxllm.params import Boxed, ParamInfo, Params, flatten, unflatten
 
 if TYPE_CHECKING:
     from jaxllm.text import Tokenizer
@@ -80,6 +80,8 @@ _STAGES = {"load": 0, "init": 0, "prune_magnitude": 1, "compact": 1, "quantize_i
 
 def require_order(lm: LM, name: str) -> None:
     """Raises ValueError when transform `name` may not follow what the ledger holds."""
+    if unknown := [entry.name for entry in lm.ledger if entry.name not in _STAGES]:
+        raise ValueError(f"The ledger has {unknown[0]!r}, which this version does not know; known: {[*_STAGES]}.")
     late = [entry.name for entry in lm.ledger if _STAGES[entry.name] > _STAGES[name]]
     if late:
         before = [other for other, stage in _STAGES.items() if 0 < stage <= _STAGES[name]]
@@ -110,17 +112,24 @@ def init(cfg: ModelConfig, seed: int = 0) -> LM:
 @functools.lru_cache(maxsize=64)
 def abstract_params(cfg: ModelConfig) -> Params:
     """The weights' shapes and types, nothing computed: a nested dict of jax.ShapeDtypeStruct."""
-    return _unbox(_abstract_boxed(cfg))
+    return _unbox(unflatten(_abstract_boxed(cfg)))
 
 
 @functools.lru_cache(maxsize=64)
 def param_info(cfg: ModelConfig) -> dict[str, ParamInfo]:
-    return {path: leaf.info for path, leaf in flatten(_abstract_boxed(cfg)).items()}
+    return {path: leaf.info for path, leaf in _abstract_boxed(cfg).items()}
 
 
-def _abstract_boxed(cfg: ModelConfig) -> Params:
+def _abstract_boxed(cfg: ModelConfig) -> dict[str, Boxed]:
+    """By path, in the order of the model. One layer is traced and stands for all: tracing is slow."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(Decoder(cfg).init, jax.random.key(0), tokens, tokens)["params"]
+    one = dataclasses.replace(cfg, num_layers=1)
+    flat = flatten(jax.eval_shape(Decoder(one).init, jax.random.key(0), tokens, tokens)["params"])
+    layer = {path: flat.pop(path) for path in list(flat) if path.startswith("layers_0/")}
+    layers = {
+        path.replace("layers_0/", f"layers_{i}/"): leaf for i in range(cfg.num_layers) for path, leaf in layer.items()
+    }
+    return {"embed/w": flat.pop("embed/w")} | layers | flat
 
 
 def _unbox(params: Params) -> Params:

@@ -210,7 +210,8 @@ def info_table(lm: LM) -> Table:
     cfg = lm.cfg
     title = (
         f"{cfg.num_layers} layers, embed {cfg.embed_dim}, FFN {cfg.ffw_dim}, {cfg.num_heads} heads and "
-        f"{cfg.num_kv_heads} KV heads of {cfg.head_dim}, vocabulary {cfg.vocab_size}, context {cfg.max_len}, {cfg.dtype}"
+        f"{cfg.num_kv_heads} KV heads of {cfg.head_dim}, vocabulary {cfg.vocab_size}, context {cfg.max_len}, "
+        f"{cfg.dtype}"
     )
     out = Table(title=title, caption=f"{lm.num_params / 1e6:.1f} M parameters, {lm.weight_bytes / 1e6:.1f} MB")
     for name in ("weight", "shape", "precision", "count", "MB", "zeros"):

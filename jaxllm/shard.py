@@ -90,6 +90,6 @@ def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
 
 
 def cache_shardings(cfg: ModelConfig, mesh: Mesh) -> KVCache:
-    layer = NamedSharding(mesh, P(RULES["batch"], RULES["kv_heads"], None, RULES["head_dim"]))
-    each = (layer,) * cfg.num_layers
-    return KVCache(each, each)  # pyright: ignore[reportArgumentType]
+    k = NamedSharding(mesh, P(RULES["batch"], RULES["kv_heads"], RULES["head_dim"], None))
+    v = NamedSharding(mesh, P(RULES["batch"], RULES["kv_heads"], None, RULES["head_dim"]))
+    return KVCache((k,) * cfg.num_layers, (v,) * cfg.num_layers)  # pyright: ignore[reportArgumentType]

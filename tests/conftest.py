@@ -12,6 +12,7 @@ import pytest
 
 import jaxllm
 from jaxllm.compile import use_compilation_cache
+from jaxllm.config import Llama3Rope
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -30,7 +31,7 @@ TINY = jaxllm.ModelConfig(
 )
 FAMILIES = {
     "llama3": dataclasses.replace(
-        TINY, rope_scaling=jaxllm.config.Llama3Rope(8.0, 1.0, 4.0, 64), tie_embeddings=False, rope_theta=5e5
+        TINY, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 64), tie_embeddings=False, rope_theta=5e5
     ),
     "mistral": dataclasses.replace(TINY, sliding_window=7, tie_embeddings=False),
     "qwen2": dataclasses.replace(TINY, qkv_bias=True),

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import jaxllm
+from jaxllm.cache import init_cache
 from jaxllm.generate import plan_prefill
 from jaxllm.models.decoder import Decoder
-from jaxllm.cache import init_cache
 from tests.conftest import FAMILIES, TINY
 
 PROMPTS = [list(range(5, 25)), [7], list(range(100, 3, -1))]  # 20, 1 and 97 tokens

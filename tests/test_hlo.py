@@ -79,15 +79,16 @@ def test_the_state_is_updated_in_place(programs):
 
 def test_no_copy_of_the_cache_in_a_decode_step(programs):
     lm, programs = programs
-    cache = f"f32[1,{lm.cfg.num_kv_heads},{programs.slots},{lm.cfg.head_dim}]"
-    copies = [line for line in _outside_fusions(programs.decode.as_text()) if f"= {cache}" in line and " copy(" in line]
-    assert not copies
+    K, S, H = lm.cfg.num_kv_heads, programs.slots, lm.cfg.head_dim
+    cache = re.compile(rf"= f32\[(1,)?{K},({S},{H}|{H},{S})\]\S* (copy|transpose)\(|= f32\[(1,)?{K},.*%\w*(copy|transpose)\w*fusion")
+    lines = [line for line in _outside_fusions(programs.decode.as_text()) if cache.search(line)]
+    assert not lines
 
 
 def test_collectives_of_a_sharded_step_are_those_of_the_rule_table():
     lm = jaxllm.init(TINY)
     mesh = jaxllm.make_mesh(model=4)
     text = compile_programs(lm.cfg, lm.params, batch=1, max_len=64, mesh=mesh).decode.as_text()
-    names = re.findall(r"op_name=\"[^\"]*(layer_\d+)[^\"]*\"", "\n".join(l for l in text.splitlines() if " all-reduce(" in l))
-    assert len(names) <= 2 * lm.cfg.num_layers
+    reduces = [line for line in text.splitlines() if " all-reduce(" in line and "/layer_" in line]
+    assert 0 < len(reduces) <= 2 * lm.cfg.num_layers
     assert not re.search(r" (all-to-all|collective-permute)\(", text)

@@ -31,7 +31,7 @@ def test_sparsity_is_exact_in_every_layer_and_the_smallest_go(tiny, sparsity):
         gone = after == 0
         assert gone.sum() == int(sparsity * before.size)
         np.testing.assert_array_equal(after[~gone], before[~gone])
-        if 0 < gone.sum():
+        if gone.sum() > 0:
             assert np.abs(before[gone]).max() <= np.abs(before[~gone]).min()
 
 
@@ -129,14 +129,16 @@ def test_the_layers_that_stay_are_those_that_matter(tiny):
     assert jaxllm.compile(small, max_len=32).generate([[1, 2]], max_new_tokens=4)
 
 
-@pytest.mark.parametrize(("keep", "have", "count"), [(0.75, 1536, 1152), (0.84, 1536, 1280), (0.01, 1536, 128), (0.5, 64, 32), (1.0, 200, 200)])
+@pytest.mark.parametrize(
+    ("keep", "have", "count"),
+    [(0.75, 1536, 1152), (0.84, 1536, 1280), (0.01, 1536, 128), (0.5, 64, 32), (1.0, 200, 200)],
+)
 def test_fractions_of_the_ffn_are_whole_tiles(keep, have, count):
     lm = jaxllm.init(dataclasses.replace(FAMILIES["qwen2"], ffw_dim=have))
     assert jaxllm.compact(ffn=keep, calibration=TOKENS)(lm).cfg.ffw_dim == count
 
 
 def test_statistics_equal_numpys(tiny):
-    """The input of the first `gate` can be computed by hand: the normed embedding plus attention is not needed for q."""
     found = calibrate.input_mean_squares(tiny, TOKENS, ["layers_0/attn/q/w"])["layers_0/attn/q/w"]
     flat = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(tiny.params).items()}
     x = flat["embed/w"][TOKENS]
@@ -145,7 +147,9 @@ def test_statistics_equal_numpys(tiny):
 
 
 def test_the_ledger_tells_what_was_done(tiny):
-    lm = jaxllm.chain(jaxllm.compact(ffn=32, calibration=TOKENS), jaxllm.prune_magnitude(0.5), jaxllm.quantize_int8())(tiny)
+    lm = jaxllm.chain(jaxllm.compact(ffn=32, calibration=TOKENS), jaxllm.prune_magnitude(0.5), jaxllm.quantize_int8())(
+        tiny
+    )
     assert [entry.name for entry in lm.ledger] == ["init", "compact", "prune_magnitude", "quantize_int8"]
     assert lm.ledger[2].args == {"sparsity": 0.5, "match": r"layers_\d+/.*", "scope": "layer"}
     assert lm.ledger[2].touched["layers_N/mlp/gate/w"] == 3

@@ -18,7 +18,7 @@ __all__ = ["export_hf", "load", "load_path", "save"]
 
 
 def load(
-    name_or_path: str | os.PathLike[str], *, dtype: str | None = None, log: Callable[[str], None] | None = None
+    name_or_path: str | os.PathLike[str], dtype: str | None = None, *, log: Callable[[str], None] | None = None
 ) -> LM:
     """Loads a model by name or path: finds it with `hub.resolve`, then reads it with `load_path`.
 

@@ -13,7 +13,7 @@ from jaxllm.cache import KVCache
 from jaxllm.config import ModelConfig
 from jaxllm.models.layers import Einsum, Embed, RMSNorm, attend, rope, rope_frequencies
 
-LayerCache = tuple[jax.Array, jax.Array]  # k and v, each [B, K, S, H]
+LayerCache = tuple[jax.Array, jax.Array]  # k [B, K, H, S] and v [B, K, S, H]
 
 
 class Attention(nn.Module):
@@ -36,12 +36,9 @@ class Attention(nn.Module):
         freq = rope_frequencies(H, c.rope_theta, c.rope_scaling)
         q_BTNH, k_BTKH = rope(q_BTNH, positions_BT, freq), rope(k_BTKH, positions_BT, freq)
 
-        if cache is None:
-            k_BKSH, v_BKSH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-        else:
-            cache = kv.write(cache[0], k_BTKH, positions_BT), kv.write(cache[1], v_BTKH, positions_BT)
-            k_BKSH, v_BKSH = cache
-        y_BTNH = attend(q_BTNH, k_BKSH, v_BKSH, positions_BT, c.sliding_window)
+        y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, cache, c.sliding_window)
+        if cache is not None:
+            cache = kv.write(*cache, k_BTKH, v_BTKH, positions_BT)
         o_axes = ("embed", "heads", "head_dim")
         return Einsum("BTNH,DNH->BTD", (D, N, H), o_axes, c.dtype, name="o")(y_BTNH), cache
 

@@ -102,21 +102,49 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, freq_h: jax.Array) -> jax.A
 
 
 def attend(
-    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array, window: int | None
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    positions_BT: jax.Array,
+    past: tuple[jax.Array, jax.Array] | None,
+    window: int | None,
 ) -> jax.Array:
-    """Causal grouped-query attention: [B, T, N, H]. Slot s of k and v is position s; softmax in float32.
+    """Causal grouped-query attention to this call's tokens and to those before them: [B, T, N, H]. Softmax in float32.
 
+    past: k [B, K, H, S] and v [B, K, S, H] as they were before this call; slot s is position s, and those from the
+        call's first position on are not looked at. Leaving this call's keys out lets the compiler write them in place:
+        a cache that is written and then read comes out of XLA as two copies.
     window: how many positions back a query looks, itself included; None for all.
     """
     B, T, N, H = q_BTNH.shape
-    K, S = k_BKSH.shape[1:3]
+    K = k_BTKH.shape[2]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    scores_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32) * H**-0.5
-    ago_BTS = positions_BT[:, :, None] - jnp.arange(S)[None, None]
-    seen_BTS = ago_BTS >= 0
-    if window is not None:
-        seen_BTS &= ago_BTS < window
-    scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf)
-    probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BKSH.dtype)
-    y_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", probs_BKGTS, v_BKSH)
+
+    def masked(scores_BKGTS: jax.Array, at_BS: jax.Array, seen_BTS: jax.Array) -> jax.Array:
+        if window is not None:
+            seen_BTS &= positions_BT[:, :, None] - at_BS[:, None] < window
+        return jnp.where(seen_BTS[:, None, None], scores_BKGTS * H**-0.5, -jnp.inf)
+
+    new = jnp.einsum("BKGTH,BSKH->BKGTS", q_BKGTH, k_BTKH, preferred_element_type=jnp.float32)
+    new = masked(new, positions_BT, positions_BT[:, :, None] >= positions_BT[:, None])
+    highest = jnp.max(new, axis=-1, keepdims=True)
+    if past is not None:
+        k_BKHS, v_BKSH = past
+        S = v_BKSH.shape[2]
+        slots_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
+        old = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS, preferred_element_type=jnp.float32)
+        seen_BTS = jnp.broadcast_to(slots_BS[:, None] < positions_BT[:, :1, None], (B, T, S))
+        old = masked(old, slots_BS, seen_BTS)
+        highest = jnp.maximum(highest, jnp.max(old, axis=-1, keepdims=True))
+
+    # One softmax over both parts, each summed where it is: joining them would copy the larger.
+    weights = jnp.exp(new - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    y_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v_BTKH.dtype), v_BTKH, preferred_element_type=jnp.float32)
+    if past is not None:
+        weights = jnp.exp(old - highest)
+        total += jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights.astype(v_BKSH.dtype)
+        y_BKGTH += jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH, preferred_element_type=jnp.float32)
+    y_BKGTH = (y_BKGTH / total).astype(q_BTNH.dtype)
     return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
