@@ -35,14 +35,26 @@ def init_cache(cfg: ModelConfig, batch: int, slots: int) -> KVCache:
 
 
 def write(
-    k_BKHS: jax.Array, v_BKSH: jax.Array, new_k_BTKH: jax.Array, new_v_BTKH: jax.Array, positions_BT: jax.Array
+    past: tuple[jax.Array, jax.Array],
+    new_k_BTKH: jax.Array,
+    new_v_BTKH: jax.Array,
+    positions_BT: jax.Array,
+    after_BTNH: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Puts the keys and values of this call into their slots.
 
     With T > 1 the positions must be contiguous and the same in every row (a prefill chunk); with T == 1 each row has
     its own, and one that lies beyond the cache is dropped.
+
+    past: k [B, K, H, S] and v [B, K, S, H].
+    after_BTNH: what attention made of `past`. XLA writes in place only where the data say that all reads come first;
+        otherwise it copies the whole cache in every step.
     """
-    batch, length = positions_BT.shape
+    k_BKHS, v_BKSH = past
+    batch, length, K, H = new_k_BTKH.shape
+    # Zero, though XLA may not assume so of a float. Each KV head waits for a query head of its own device.
+    zero_BTKH = after_BTNH.reshape(batch, length, K, -1, H)[:, :, :, 0] * 0
+    new_k_BTKH, new_v_BTKH = new_k_BTKH + zero_BTKH, new_v_BTKH + zero_BTKH
     if length == 1 and batch > 1:
         rows_B, slots_B = jnp.arange(batch), positions_BT[:, 0]
         k_BKHS = k_BKHS.at[rows_B, :, :, slots_B].set(new_k_BTKH[:, 0], mode="drop", unique_indices=True)

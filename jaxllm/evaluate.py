@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,23 +41,29 @@ def compare(lm: LM, reference: LM, tokens_NT: Any) -> Quality:
 
     Raises ValueError when the vocabularies differ or a window has fewer than two tokens.
     """
-    if lm.cfg.vocab_size != reference.cfg.vocab_size:
-        raise ValueError(
-            f"The model has {lm.cfg.vocab_size} tokens and the reference {reference.cfg.vocab_size}; "
-            "only models of one vocabulary can be compared."
-        )
-    tokens_NT = check_tokens(lm.cfg, tokens_NT)
+    return compare_all([lm], reference, tokens_NT)[0]
+
+
+def compare_all(models: Sequence[LM], reference: LM, tokens_NT: Any) -> list[Quality]:
+    """`compare` for several models; the reference runs once a window."""
+    tokens_NT = check_tokens(reference.cfg, tokens_NT)
+    for lm in models:
+        if lm.cfg.vocab_size != reference.cfg.vocab_size:
+            raise ValueError(
+                f"The model has {lm.cfg.vocab_size} tokens and the reference {reference.cfg.vocab_size}; "
+                "only models of one vocabulary can be compared."
+            )
     if tokens_NT.shape[1] < 2:
         raise ValueError("Windows of one token have nothing to predict; give at least two tokens a window.")
-    totals = np.zeros(3)
+    totals = np.zeros((len(models), 3))
     for tokens_T in tokens_NT:
-        tokens_1T = tokens_T[None]
-        logits_1TV = logits(lm, tokens_1T)
-        reference_1TV = logits_1TV if lm is reference else logits(reference, tokens_1T)
-        totals += np.asarray(score(logits_1TV[0], reference_1TV[0], tokens_T), np.float64)
+        reference_TV = logits(reference, tokens_T[None])[0]
+        for total, lm in zip(totals, models, strict=True):
+            logits_TV = reference_TV if lm is reference else logits(lm, tokens_T[None])[0]
+            total += np.asarray(score(logits_TV, reference_TV, tokens_T), np.float64)
     windows, length = tokens_NT.shape
-    nll, kl, top1 = totals / (windows * (length - 1))
-    return Quality(float(np.exp(nll)), float(kl), float(top1))
+    means = totals / (windows * (length - 1))
+    return [Quality(float(np.exp(nll)), float(kl), float(top1)) for nll, kl, top1 in means]
 
 
 @jax.jit

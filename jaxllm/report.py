@@ -80,10 +80,10 @@ def compare_steps(
     speeds = measure(engines, read_gb_s, rounds=rounds, log=log)
     first = next(iter(models))
     original = models[first]
+    log(f"evaluating on {tokens_NT.size} tokens")
     rows = []
-    for name, lm in models.items():
-        log(f"evaluating {name} on {tokens_NT.size} tokens")
-        quality = evaluate.compare(lm, original, tokens_NT)
+    qualities = evaluate.compare_all(list(models.values()), original, tokens_NT)
+    for (name, lm), quality in zip(models.items(), qualities, strict=True):
         row = Row(
             name=name,
             params=lm.num_params,

@@ -70,6 +70,8 @@ def load(path: Path, *, origin: str, dtype: str | None = None) -> LM:
     with open(path, "rb") as file:  # not by a memory map: pages that were read count as memory in use
         for key, name in stored.items():
             host = _dequantize(file, tensors[name])
+            if not np.isfinite(host).all():
+                raise ValueError(f"{path}: {name} has weights that are not finite; the file is damaged.")
             if interleaved and key.endswith(("attn/q/w", "attn/k/w")):
                 # Rotation turns neighbours, [N, H/2, 2, D], in these files, and halves here: [N, 2, H/2, D].
                 N, H, D = info[key].shape
@@ -175,7 +177,8 @@ def _dequantize(file: BinaryIO, tensor: _Tensor) -> np.ndarray:
     for start in range(0, rows, step):
         count = min(step, rows - start)
         stored = np.fromfile(file, np.uint8, count * row_bytes)
-        out[start : start + count] = gguf.quants.dequantize(stored.reshape(count, row_bytes), tensor.kind)
+        with np.errstate(invalid="ignore", over="ignore"):  # told below, by name
+            out[start : start + count] = gguf.quants.dequantize(stored.reshape(count, row_bytes), tensor.kind)
     return out
 
 

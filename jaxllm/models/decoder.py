@@ -38,7 +38,7 @@ class Attention(nn.Module):
 
         y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, cache, c.sliding_window)
         if cache is not None:
-            cache = kv.write(*cache, k_BTKH, v_BTKH, positions_BT)
+            cache = kv.write(cache, k_BTKH, v_BTKH, positions_BT, after_BTNH=y_BTNH)
         o_axes = ("embed", "heads", "head_dim")
         return Einsum("BTNH,DNH->BTD", (D, N, H), o_axes, c.dtype, name="o")(y_BTNH), cache
 
