@@ -206,14 +206,16 @@ def _quickstart(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     import jaxllm
     from jaxllm import report
+    from jaxllm.measure import Workload
 
+    work = Workload(rounds=args.rounds)
     original = _load(args.model)
     small = jaxllm.compact(ffn=0.84)
     _log("compacting: scoring FFN channels on the calibration text")
     compacted = small(original)
     int8 = jaxllm.quantize_int8()
     models = {"original": original, "compact": compacted, "int8": int8(original), "compact + int8": int8(compacted)}
-    result, engines = report.compare_steps(models, _windows(args, original), rounds=args.rounds, log=_log)
+    result, engines = report.compare_steps(models, _windows(args, original), work, _log)
     _print_report(result, args.out)
     answers = {}
     print(f"\nQuestion: {args.question}")
@@ -242,8 +244,10 @@ def _print_report(result: Any, out: Path) -> None:
 def _optimize(args: argparse.Namespace) -> dict[str, Any]:
     import jaxllm
     from jaxllm import report
+    from jaxllm.measure import Workload
 
     _check_out(args.out)
+    work = Workload(rounds=args.rounds, batch=args.batch, max_len=args.max_len)
     steps: dict[str, Any] = {}
     if (args.prune is None) != (args.sparsity is None):
         raise ValueError("--prune and --sparsity go together: --prune magnitude --sparsity 0.5.")
@@ -278,9 +282,7 @@ def _optimize(args: argparse.Namespace) -> dict[str, Any]:
         _log("note: zeros in place change no dense program's speed; --compact does")
     out: dict[str, Any] = {"out": str(args.out), "ledger": [dataclasses.asdict(entry) for entry in lm.ledger]}
     if windows is not None:
-        result, _ = report.compare_steps(
-            models, windows, batch=args.batch, max_len=args.max_len, rounds=args.rounds, log=_log
-        )
+        result, _ = report.compare_steps(models, windows, work, _log)
         _print_report(result, args.out)
         out |= report.as_json(result)
     return out
@@ -292,13 +294,20 @@ def _chat_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return tokenizer.encode(tokenizer.apply_chat(messages), add_special=False)
 
 
-def _engine(args: argparse.Namespace, batch: int) -> Any:
-    """Loads and compiles; arguments that cannot work are refused before either."""
+def _model_for(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and the mesh; arguments that cannot work are refused first."""
     import jaxllm
 
     jaxllm.Sampling(**{name: getattr(args, name) for name in SAMPLING})
+    if args.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {args.max_new_tokens}; expected a positive integer.")
     mesh = _mesh(args.mesh)
-    lm = _load(args.model, args.dtype)
+    return _load(args.model, args.dtype), mesh
+
+
+def _compile(args: argparse.Namespace, lm: Any, mesh: Any, batch: int) -> Any:
+    import jaxllm
+
     _log("compiling")
     return jaxllm.compile(lm, batch=batch, max_len=args.max_len, mesh=mesh)
 
@@ -312,14 +321,20 @@ def _messages(args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
+    from jaxllm.generate import choose_max_len, encode_prompts
+
     if args.system is not None and not args.chat:
         raise ValueError("--system is part of a chat; add --chat.")
     texts = args.prompt or [sys.stdin.read()]
-    engine = _engine(args, len(texts))
+    if "" in texts:
+        raise ValueError("A prompt is empty; give some text to go on from.")
+    lm, mesh = _model_for(args)
     prompts: list[Any] = list(texts)
     if args.chat:
         turns = [[*_messages(args), {"role": "user", "content": text}] for text in texts]
-        prompts = [_chat_prompt(engine.tokenizer, messages) for messages in turns]
+        prompts = [_chat_prompt(lm.tokenizer, messages) for messages in turns]
+    prompts = encode_prompts(prompts, lm.cfg, lm.tokenizer, choose_max_len(lm.cfg, args.max_len))
+    engine = _compile(args, lm, mesh, len(prompts))
     if len(prompts) == 1 and not args.json:
         for text in engine.stream(prompts[0], **_options(args)):
             print(text, end="", flush=True)
@@ -333,9 +348,10 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _chat(args: argparse.Namespace) -> dict[str, Any]:
-    engine = _engine(args, 1)
+    lm, mesh = _model_for(args)
     messages = _messages(args)
-    _chat_prompt(engine.tokenizer, [*messages, {"role": "user", "content": "Hello"}])  # no template: told now
+    _chat_prompt(lm.tokenizer, [*messages, {"role": "user", "content": "Hello"}])  # no template: told now
+    engine = _compile(args, lm, mesh, 1)
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
@@ -372,6 +388,7 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
     import jaxllm
     from jaxllm import measure, report
 
+    work = measure.Workload(args.prompt_tokens, args.new_tokens, args.rounds, args.batch, args.max_len)
     mesh = _mesh(args.mesh)
     engines = {}
     for name in dict.fromkeys(args.model):
@@ -379,15 +396,14 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
         _log(f"compiling {name}")
         engines[name] = jaxllm.compile(lm, batch=args.batch, max_len=args.max_len, mesh=mesh)
     read_gb_s = measure.read_bandwidth()
-    shape = {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
-    speeds = measure.measure(engines, read_gb_s, rounds=args.rounds, log=_log, **shape)
+    speeds = measure.measure(engines, work, read_gb_s, _log)
     for name, speed in speeds.items():
         print(
             f"{name}: TTFT {speed.ttft_ms:.0f} ms, {speed.step_ms:.2f} ms a step (±{speed.step_spread / 2:.0%}), "
             f"{speed.tokens_per_s:.1f} tokens/s, {speed.bandwidth_use:.0%} of {read_gb_s:.0f} GB/s"
         )
     rows = {name: dataclasses.asdict(speed) for name, speed in speeds.items()}
-    return shape | {"batch": args.batch, "read_gb_s": read_gb_s, "machine": report.machine(), "models": rows}
+    return dataclasses.asdict(work) | {"read_gb_s": read_gb_s, "machine": report.machine(), "models": rows}
 
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:

@@ -104,23 +104,10 @@ class Engine:
             raise ValueError(f"stop is {stop!r}; expected a list of strings, none empty.")
         if stop and self.tokenizer is None:
             raise ValueError("Stop strings need a tokenizer and this model has none; use stop_tokens.")
-        return [self._request(i, prompt, max_new_tokens, stop) for i, prompt in enumerate(prompts)]  # pyright: ignore
+        encoded = encode_prompts(prompts, self.cfg, self.tokenizer, self.max_len)  # pyright: ignore[reportArgumentType]
+        return [self._request(tokens, max_new_tokens, stop) for tokens in encoded]
 
-    def _request(self, i: int, prompt: Prompt, max_new_tokens: int, stop: Sequence[str]) -> _Request:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"Prompt {i} is text, and this model has no tokenizer; give a list of token ids.")
-            tokens = self.tokenizer.encode(prompt)
-        else:
-            tokens = list(prompt)
-        if not tokens:
-            raise ValueError(f"Prompt {i} is empty; a model needs at least one token to go on from.")
-        check_tokens(self.cfg, [tokens])
-        if len(tokens) >= self.max_len:
-            raise ValueError(
-                f"Prompt {i} has {len(tokens)} tokens; the engine was compiled for max_len={self.max_len}, prompt and "
-                "answer together. Shorten the prompt or compile with a larger max_len."
-            )
+    def _request(self, tokens: list[int], max_new_tokens: int, stop: Sequence[str]) -> _Request:
         text = None if self.tokenizer is None else self.tokenizer.stream(stop)
         return _Request(tokens, min(max_new_tokens, self.max_len - len(tokens)), text, Result(len(tokens)))
 
@@ -208,6 +195,38 @@ class _Request:
         return new
 
 
+def encode_prompts(
+    prompts: Sequence[Prompt], cfg: ModelConfig, tokenizer: Tokenizer | None, max_len: int
+) -> list[list[int]]:
+    """Token ids of each prompt. Raises ValueError for one that is empty, or has no room for an answer in max_len."""
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ValueError(f"Prompt {i} is text, and this model has no tokenizer; give a list of token ids.")
+            prompt = tokenizer.encode(prompt)
+        tokens = list(prompt)
+        if not tokens:
+            raise ValueError(f"Prompt {i} is empty; a model needs at least one token to go on from.")
+        check_tokens(cfg, [tokens])
+        if len(tokens) >= max_len:
+            raise ValueError(
+                f"Prompt {i} has {len(tokens)} tokens; max_len={max_len} is for prompt and answer together. "
+                "Shorten the prompt or compile with a larger max_len."
+            )
+        encoded.append(tokens)
+    return encoded
+
+
+def choose_max_len(cfg: ModelConfig, max_len: int | None) -> int:
+    """max_len, or by default 2048 or what the model was trained for, if that is less."""
+    if max_len is None:
+        return min(2048, cfg.max_len)
+    if max_len > cfg.max_len:
+        raise ValueError(f"max_len={max_len}; the model was trained for at most {cfg.max_len} tokens.")
+    return max_len
+
+
 def _columns(tokens: jax.Array | None) -> np.ndarray:
     tokens = np.asarray(tokens)
     return tokens[:, None] if tokens.ndim == 1 else tokens
@@ -230,9 +249,7 @@ def compile(lm: LM, *, batch: int = 1, max_len: int | None = None, mesh: Mesh | 
 
     Raises ValueError when max_len is more than the model was trained for or the mesh does not divide the model.
     """
-    max_len = min(2048, lm.cfg.max_len) if max_len is None else max_len
-    if max_len > lm.cfg.max_len:
-        raise ValueError(f"max_len={max_len}; the model was trained for at most {lm.cfg.max_len} tokens.")
+    max_len = choose_max_len(lm.cfg, max_len)
     programs = compile_programs(lm.cfg, lm.params, batch, max_len, mesh)
     params = lm.params
     if mesh is not None:

@@ -31,38 +31,46 @@ class Speed:
     bandwidth_use: float
 
 
-def measure(
-    engines: Mapping[str, Engine],
-    read_gb_s: float,
-    *,
-    prompt_tokens: int = 64,
-    new_tokens: int = 64,
-    rounds: int = 5,
-    log: Callable[[str], None] = lambda _: None,
-) -> dict[str, Speed]:
-    """Times greedy decoding of each engine, full batch, in interleaved rounds after one to warm up.
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What is timed: `rounds` times a prompt and greedy decoding of new tokens, after one time to warm up.
 
-    read_gb_s: from `read_bandwidth`. Raises ValueError when prompt and answer do not fit an engine's max_len.
+    new_tokens: at least 2, because the first comes from prefill. max_len: what the engines are compiled for.
     """
-    if min(prompt_tokens, rounds) < 1 or new_tokens < 2:
-        raise ValueError(
-            f"prompt_tokens={prompt_tokens}, new_tokens={new_tokens}, rounds={rounds}; "
-            "expected at least 1, 2 (the first comes from prefill) and 1."
-        )
-    for name, engine in engines.items():
-        if prompt_tokens + new_tokens > engine.max_len:
+
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    rounds: int = 5
+    batch: int = 1
+    max_len: int = 512
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            least = 2 if field.name == "new_tokens" else 1
+            if getattr(self, field.name) < least:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}; expected at least {least}.")
+        if self.prompt_tokens + self.new_tokens > self.max_len:
             raise ValueError(
-                f"{prompt_tokens} prompt and {new_tokens} new tokens do not fit {name}'s max_len={engine.max_len}."
+                f"{self.prompt_tokens} prompt tokens and {self.new_tokens} new ones do not fit max_len={self.max_len}."
             )
+
+
+def measure(
+    engines: Mapping[str, Engine], work: Workload, read_gb_s: float, log: Callable[[str], None] = lambda _: None
+) -> dict[str, Speed]:
+    """Times engines that were compiled for the workload's batch and max_len, in interleaved rounds.
+
+    read_gb_s: from `read_bandwidth`.
+    """
     ttft: dict[str, list[float]] = {name: [] for name in engines}
     step: dict[str, list[float]] = {name: [] for name in engines}
-    for number in range(rounds + 1):
-        log(f"timing round {number} of {rounds}" if number else "warming up")
+    for number in range(work.rounds + 1):
+        log(f"timing round {number} of {work.rounds}" if number else "warming up")
         for name, engine in engines.items():
-            first_s, rest_s = _time(engine, prompt_tokens, new_tokens)
+            first_s, rest_s = _time(engine, work)
             if number:
                 ttft[name].append(first_s * 1e3)
-                step[name].append(rest_s * 1e3 / (new_tokens - 1))
+                step[name].append(rest_s * 1e3 / (work.new_tokens - 1))
     speeds = {}
     for name, engine in engines.items():
         step_ms = float(np.median(step[name]))
@@ -70,17 +78,17 @@ def measure(
             ttft_ms=float(np.median(ttft[name])),
             step_ms=step_ms,
             step_spread=(max(step[name]) - min(step[name])) / step_ms,
-            tokens_per_s=engine.programs.batch * 1e3 / step_ms,
+            tokens_per_s=work.batch * 1e3 / step_ms,
             bandwidth_use=engine.step_bytes / (step_ms * 1e-3) / (read_gb_s * 1e9),
         )
     return speeds
 
 
-def _time(engine: Engine, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+def _time(engine: Engine, work: Workload) -> tuple[float, float]:
     """Seconds to the first token and from there to the last."""
-    prompt = (np.arange(prompt_tokens) * 7919 % engine.cfg.vocab_size).tolist()
+    prompt = (np.arange(work.prompt_tokens) * 7919 % engine.cfg.vocab_size).tolist()
     start = time.perf_counter()
-    blocks = engine.token_blocks([prompt] * engine.programs.batch, new_tokens, as_arrays(Sampling(), frozenset()))
+    blocks = engine.token_blocks([prompt] * work.batch, work.new_tokens, as_arrays(Sampling(), frozenset()))
     next(blocks)
     first = time.perf_counter()
     for _ in blocks:

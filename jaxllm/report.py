@@ -19,7 +19,7 @@ from rich.table import Table
 from jaxllm import evaluate, generate
 from jaxllm.arrays import QArray
 from jaxllm.lm import LM
-from jaxllm.measure import measure, read_bandwidth
+from jaxllm.measure import Workload, measure, read_bandwidth
 from jaxllm.params import flatten
 
 
@@ -61,10 +61,7 @@ class Report:
 def compare_steps(
     models: Mapping[str, LM],
     tokens_NT: np.ndarray,
-    *,
-    batch: int = 1,
-    max_len: int = 512,
-    rounds: int = 5,
+    work: Workload,
     log: Callable[[str], None] = lambda _: None,
 ) -> tuple[Report, dict[str, generate.Engine]]:
     """Compiles, times and evaluates models made from one another; the first is the original.
@@ -74,10 +71,10 @@ def compare_steps(
     engines = {}
     for name, lm in models.items():
         log(f"compiling {name}")
-        engines[name] = generate.compile(lm, batch=batch, max_len=max_len)
+        engines[name] = generate.compile(lm, batch=work.batch, max_len=work.max_len)
     log("measuring memory bandwidth")
     read_gb_s = read_bandwidth()
-    speeds = measure(engines, read_gb_s, rounds=rounds, log=log)
+    speeds = measure(engines, work, read_gb_s, log)
     first = next(iter(models))
     original = models[first]
     log(f"evaluating on {tokens_NT.size} tokens")
@@ -95,7 +92,7 @@ def compare_steps(
         )
         rows.append(row)
     origin = original.ledger[0].args.get("origin", original.ledger[0].name) if original.ledger else "unknown"
-    return Report(tuple(rows), str(origin), machine(), read_gb_s, batch, tokens_NT.size), engines
+    return Report(tuple(rows), str(origin), machine(), read_gb_s, work.batch, tokens_NT.size), engines
 
 
 def _nonzero(lm: LM) -> int:

@@ -243,7 +243,8 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Takes one id and returns the text that became final, often "". After a stop string, always ""."""
         tokenizer, window = self._tokenizer, self._window
-        token = tokenizer._backend.id_to_token(tokenizer._check(token_id))
+        # None for the rows that an embedding has beyond the vocabulary: a model may draw one, and it says nothing.
+        token = tokenizer._backend.id_to_token(token_id)
         if self.stopped or not token or token_id in tokenizer._special_ids:
             return ""  # `decode` skips these as well, and they are no context for what follows
         window.append(token_id)
