@@ -243,8 +243,8 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """Takes one id and returns the text that became final, often "". After a stop string, always ""."""
         tokenizer, window = self._tokenizer, self._window
-        # None for the rows that an embedding has beyond the vocabulary: a model may draw one, and it says nothing.
-        token = tokenizer._backend.id_to_token(token_id)
+        # An embedding may have rows beyond the vocabulary; a model can draw one, and it says nothing.
+        token = tokenizer._backend.id_to_token(token_id) if token_id >= 0 else None
         if self.stopped or not token or token_id in tokenizer._special_ids:
             return ""  # `decode` skips these as well, and they are no context for what follows
         window.append(token_id)
