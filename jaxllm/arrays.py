@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 INT8_MAX = 127  # symmetric: -128 is unused
 
@@ -60,7 +61,7 @@ def dequantize(w: Weight) -> jax.Array:
     return w.values.astype(jnp.float32) * w.scale if isinstance(w, QArray) else w
 
 
-def take(w: Weight, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def take(w: Weight, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Looks up rows of an embedding [V, D]: [..., D] in `dtype`."""
     if isinstance(w, QArray):
         # Rows first: a dequantised table would be a float copy of the whole weight.
@@ -68,7 +69,7 @@ def take(w: Weight, rows: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return w[rows].astype(dtype)
 
 
-def einsum(eqn: str, x: jax.Array, w: Weight, dtype: jnp.dtype | None = None) -> jax.Array:
+def einsum(eqn: str, x: jax.Array, w: Weight | Tap, dtype: DTypeLike | None = None) -> jax.Array:
     """Contracts activations with a weight of any kind.
 
     eqn: "bK,nK->bn", where b, n and K are groups of axes: the weight's contracted axes K come last in both operands

@@ -85,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", default="smollm2-135m", metavar="MODEL", help="default %(default)s")
     sub.add_argument("--question", default=QUESTION, help="default: %(default)r")
     sub.add_argument("--out", type=Path, default=Path("quickstart"), help="for the plot and JSON (default %(default)s)")
-    sub.add_argument("--rounds", type=int, default=5, help="timed rounds (default %(default)s)")
-    windows(sub, 6)
+    sub.add_argument("--rounds", type=int, default=3, help="timed rounds (default %(default)s)")
+    windows(sub, 4)
 
     sub = command("optimize", _optimize, "make a model smaller and save it, with what each step gained and cost")
     model(sub)
@@ -208,7 +208,7 @@ def _quickstart(args: argparse.Namespace) -> dict[str, Any]:
     from jaxllm import report
     from jaxllm.measure import Workload
 
-    work = Workload(rounds=args.rounds)
+    work = Workload(rounds=args.rounds, max_len=256)
     original = _load(args.model)
     small = jaxllm.compact(ffn=0.84)
     _log("compacting: scoring FFN channels on the calibration text")
@@ -291,7 +291,7 @@ def _optimize(args: argparse.Namespace) -> dict[str, Any]:
 def _chat_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     if tokenizer is None:
         raise ValueError("This model has no tokenizer, and so no chat template.")
-    return tokenizer.encode(tokenizer.apply_chat(messages), add_special=False)
+    return tokenizer.encode_chat(messages)
 
 
 def _model_for(args: argparse.Namespace) -> tuple[Any, Any]:

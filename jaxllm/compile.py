@@ -58,7 +58,7 @@ class Programs:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, under the cache directory, unless the user has chosen a place already."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
 
 
@@ -151,6 +151,10 @@ def _start(cfg: ModelConfig, batch: int, slots: int) -> State:
     return State(init_cache(cfg, batch, slots), row_B, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), seen_BV)
 
 
+def _apply(decoder: Decoder, params: Params, *args: jax.Array | KVCache) -> tuple[jax.Array, Any]:
+    return decoder.apply({"params": params}, *args)  # pyright: ignore[reportReturnType]
+
+
 def _prefill(
     decoder: Decoder,
     params: Params,
@@ -163,9 +167,7 @@ def _prefill(
     batch, chunk = tokens_BC.shape
     positions_BC = jnp.broadcast_to(start + jnp.arange(chunk), (batch, chunk))
     last_B = lengths_B - 1 - start
-    logits_B1V, cache = decoder.apply(
-        {"params": params}, tokens_BC, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1)
-    )
+    logits_B1V, cache = _apply(decoder, params, tokens_BC, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1))
     rows_B = jnp.arange(batch)
     seen_BV = state.seen_BV.at[rows_B[:, None], tokens_BC].max(positions_BC < lengths_B[:, None])
     ends_here_B = (last_B >= 0) & (last_B < chunk)
@@ -193,9 +195,7 @@ def _decode(
 
     def advance(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         step, state, out_BN = carry
-        logits_B1V, cache = decoder.apply(
-            {"params": params}, state.token_B[:, None], state.position_B[:, None], state.cache
-        )
+        logits_B1V, cache = _apply(decoder, params, state.token_B[:, None], state.position_B[:, None], state.cache)
         token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.position_B + 1, how)
         # A row that has ended stands still: it writes the same slot again, and nothing reads it.
         token_B = jnp.where(state.done_B, state.token_B, token_B)

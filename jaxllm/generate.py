@@ -228,8 +228,9 @@ def choose_max_len(cfg: ModelConfig, max_len: int | None) -> int:
 
 
 def _columns(tokens: jax.Array | None) -> np.ndarray:
-    tokens = np.asarray(tokens)
-    return tokens[:, None] if tokens.ndim == 1 else tokens
+    """Tokens on the host as [B, N]; waits for them."""
+    host = np.asarray(tokens)
+    return host[:, None] if host.ndim == 1 else host
 
 
 def plan_prefill(length: int, chunks: Sequence[int]) -> Iterator[int]:

@@ -47,11 +47,12 @@ class Boxed(meta.AxisMetadata):
     def add_axis(self, index: int, params: dict[Any, Any]) -> Boxed:
         raise NotImplementedError("Layers are an unrolled loop; no transform adds an axis to a weight.")
 
-    remove_axis = add_axis
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Boxed:
+        raise NotImplementedError("Layers are an unrolled loop; no transform takes an axis from a weight.")
 
 
-def boxed(init: Callable[..., jax.Array], axes: tuple[str, ...], contracted: int = 0) -> Callable[..., Boxed]:
-    """An initialiser for `self.param` whose value carries its axes."""
+def boxed(init: Callable[..., jax.Array], axes: tuple[str, ...], contracted: int = 0) -> Callable[..., Any]:
+    """An initialiser for `self.param` whose value carries its axes; Linen takes it out of its box."""
 
     def init_boxed(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Boxed:
         return Boxed(init(key, shape, dtype), ParamInfo(axes, contracted, shape))

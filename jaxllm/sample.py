@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,15 +50,18 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingArrays:
-    """`Sampling` and the stop tokens as what a program takes: scalars, and int32 [MAX_STOP_TOKENS] padded with -1."""
+    """`Sampling` and the stop tokens as what a program takes: scalars, and int32 [MAX_STOP_TOKENS] padded with -1.
 
-    repetition_penalty: jax.Array | np.ndarray
-    temperature: jax.Array | np.ndarray
-    top_k: jax.Array | np.ndarray
-    top_p: jax.Array | np.ndarray
-    min_p: jax.Array | np.ndarray
-    seed: jax.Array | np.ndarray
-    stop_tokens: jax.Array | np.ndarray
+    NumPy on the host, jax.Array while a program is traced.
+    """
+
+    repetition_penalty: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    seed: Any
+    stop_tokens: Any
 
 
 def as_arrays(sampling: Sampling, stop_tokens: frozenset[int]) -> SamplingArrays:

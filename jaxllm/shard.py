@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ RULES: Mapping[str, str | None] = {
 }
 
 
-def make_mesh(data: int = 1, model: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of data × model devices with axes "data" and "model", the compiler choosing inner shardings (Auto).
 
     Raises ValueError when there are fewer devices than that.

@@ -206,6 +206,10 @@ class Tokenizer:
             raise ValueError(f"This model's chat template failed: {reason}") from e
         return "".join(pieces)
 
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's answer begins. See `apply_chat`."""
+        return self.encode(self.apply_chat(messages), add_special=False)
+
     def stream(self, stop: Sequence[str] = ()) -> TextStream:
         """A detokenizer for one answer."""
         return TextStream(self, stop)

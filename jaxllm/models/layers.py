@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -119,30 +120,26 @@ def attend(
     B, T, N, H = q_BTNH.shape
     K = k_BTKH.shape[2]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    # Each part: keys, values, the positions they are of, and whether a query sees them, but for the window.
+    causal_BTS = positions_BT[:, :, None] >= positions_BT[:, None]
+    parts = [(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2), positions_BT, causal_BTS)]
+    if past is not None:
+        slots_BS = jnp.broadcast_to(jnp.arange(past[1].shape[2]), (B, past[1].shape[2]))
+        before_BTS = jnp.broadcast_to(slots_BS[:, None] < positions_BT[:, :1, None], (B, T, slots_BS.shape[1]))
+        parts.append((*past, slots_BS, before_BTS))
 
-    def masked(scores_BKGTS: jax.Array, at_BS: jax.Array, seen_BTS: jax.Array) -> jax.Array:
+    scores = []
+    for k_BKHS, _, at_BS, seen_BTS in parts:
         if window is not None:
             seen_BTS &= positions_BT[:, :, None] - at_BS[:, None] < window
-        return jnp.where(seen_BTS[:, None, None], scores_BKGTS * H**-0.5, -jnp.inf)
+        scores_BKGTS = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS, preferred_element_type=jnp.float32)
+        scores.append(jnp.where(seen_BTS[:, None, None], scores_BKGTS * H**-0.5, -jnp.inf))
 
-    new = jnp.einsum("BKGTH,BSKH->BKGTS", q_BKGTH, k_BTKH, preferred_element_type=jnp.float32)
-    new = masked(new, positions_BT, positions_BT[:, :, None] >= positions_BT[:, None])
-    highest = jnp.max(new, axis=-1, keepdims=True)
-    if past is not None:
-        k_BKHS, v_BKSH = past
-        S = v_BKSH.shape[2]
-        slots_BS = jnp.broadcast_to(jnp.arange(S), (B, S))
-        old = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS, preferred_element_type=jnp.float32)
-        seen_BTS = jnp.broadcast_to(slots_BS[:, None] < positions_BT[:, :1, None], (B, T, S))
-        old = masked(old, slots_BS, seen_BTS)
-        highest = jnp.maximum(highest, jnp.max(old, axis=-1, keepdims=True))
-
-    # One softmax over both parts, each summed where it is: joining them would copy the larger.
-    weights = jnp.exp(new - highest)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    y_BKGTH = jnp.einsum("BKGTS,BSKH->BKGTH", weights.astype(v_BTKH.dtype), v_BTKH, preferred_element_type=jnp.float32)
-    if past is not None:
-        weights = jnp.exp(old - highest)
+    # One softmax over all parts, each summed where it is: joining them would copy the past.
+    highest = functools.reduce(jnp.maximum, (jnp.max(part, axis=-1, keepdims=True) for part in scores))
+    total, y_BKGTH = jnp.zeros_like(highest), jnp.zeros(q_BKGTH.shape, jnp.float32)
+    for scores_BKGTS, (_, v_BKSH, _, _) in zip(scores, parts, strict=True):
+        weights = jnp.exp(scores_BKGTS - highest)
         total += jnp.sum(weights, axis=-1, keepdims=True)
         weights = weights.astype(v_BKSH.dtype)
         y_BKGTH += jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH, preferred_element_type=jnp.float32)

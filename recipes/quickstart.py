@@ -1,0 +1,40 @@
+"""SmolLM2-135M on a laptop's CPU: compacted, quantised and both, compared with the original.
+
+Expected: RESULT
+Run: python recipes/quickstart.py
+"""
+
+from pathlib import Path
+
+from rich.console import Console
+
+import jaxllm
+from jaxllm import report
+from jaxllm.measure import Workload
+
+QUESTION = "What is the capital of France?"
+
+
+def main() -> None:
+    original = jaxllm.load("smollm2-135m")
+    compact = jaxllm.compact(ffn=0.84)  # five sixths of the FFN channels: 1280 of 1536
+    int8 = jaxllm.quantize_int8()
+    models = {
+        "original": original,
+        "compact": compact(original),
+        "int8": int8(original),
+        "compact + int8": jaxllm.chain(compact, int8)(original),
+    }
+    tokens = jaxllm.token_windows(original, jaxllm.evaluation_text(), length=512, count=4)
+    result, engines = report.compare_steps(models, tokens, Workload(rounds=3, max_len=256), log=print)
+    Console(width=150).print(report.table(result))
+    report.plot(result, Path("quickstart") / "report.png")
+
+    assert original.tokenizer is not None
+    prompt = original.tokenizer.encode_chat([{"role": "user", "content": QUESTION}])
+    for name in ("original", "compact + int8"):
+        print(f"{name}: {engines[name].generate(prompt, max_new_tokens=96)[0].text}")
+
+
+if __name__ == "__main__":
+    main()
