@@ -96,9 +96,15 @@ def compare_steps(
 
 
 def _nonzero(lm: LM) -> int:
-    """Parameters that are not zero; a quantised weight's are its int8 values, scales do not count."""
-    leaves = [getattr(leaf, "values", leaf) for leaf in flatten(lm.params).values()]
-    return sum(int(jnp.count_nonzero(leaf)) for leaf in leaves)
+    """Parameters that are not zero. What int8 rounds to zero is not pruned, and counts in a pruned model only."""
+    pruned = any(entry.name.startswith("prune") for entry in lm.ledger)
+    count = 0
+    for leaf in flatten(lm.params).values():
+        if isinstance(leaf, QArray):
+            count += int(jnp.count_nonzero(leaf.values)) if pruned else leaf.size
+        else:
+            count += int(jnp.count_nonzero(leaf))
+    return count
 
 
 def machine() -> str:
