@@ -182,7 +182,8 @@ def plot(report: Report, path: Path) -> None:
             f"{row.name}\n{row.weight_bytes / 1e6:.0f} MB",
             (row.tokens_per_s, row.perplexity),
             textcoords="offset points",
-            xytext=(9, 6),
+            xytext=(0, 12),
+            ha="center",
             fontsize=9,
         )
     axes.set_xlabel(f"tokens per second, batch {report.batch}")
