@@ -44,7 +44,7 @@ def write(
     """Puts the keys and values of this call into their slots.
 
     With T > 1 the positions must be contiguous and the same in every row (a prefill chunk); with T == 1 each row has
-    its own, and one that lies beyond the cache is dropped.
+    its own, which must lie in the cache.
 
     past: k [B, K, H, S] and v [B, K, S, H].
     after_BTNH: what attention made of `past`. XLA writes in place only where the data say that all reads come first;

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +21,12 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 1 for an error that is told in one line, 130 for an interrupt."""
     args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt does: what is half-written is removed
     try:
         result = args.run(args)
         if args.json:
-            print(json.dumps(result), flush=True)
+            print(json.dumps(_finite(result), allow_nan=False))
+        sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         print("\njaxllm: interrupted", file=sys.stderr)
@@ -92,10 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     model(sub)
     sub.add_argument("--prune", choices=("magnitude",), help="zero the weights that matter least")
     sub.add_argument("--sparsity", type=float, help="fraction of zeros, with --prune")
-    sub.add_argument(
-        "--scope", choices=("layer", "global"), default="layer", help="of --sparsity (default %(default)s)"
-    )
-    sub.add_argument("--prune-match", metavar="REGEX", help="weight paths to prune (default: all but the embeddings)")
+    sub.add_argument("--scope", choices=("layer", "global"), help="of --sparsity: each matrix (default) or all")
+    sub.add_argument("--prune-match", metavar="REGEX", help="weight paths to prune (default: those in layers)")
     sub.add_argument(
         "--compact", metavar="ffn=0.75,kv_heads=2,layers=24", help="what is kept: a fraction (with a point) or a count"
     )
@@ -140,6 +142,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity; a ruined model's perplexity is null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _log(message: str) -> None:
     print(f"jaxllm: {message}", file=sys.stderr, flush=True)
 
@@ -172,6 +183,9 @@ def _read(path: Path) -> str:
 
 def _check_out(path: Path) -> None:
     """Before the slow work, not after it."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OSError(f"{path} cannot be written: {parent} is not a directory that you may write to.")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(
             f"{path} exists already and is not an empty directory; choose another --out or remove it."
@@ -190,10 +204,12 @@ def _counts(option: str, spec: str, names: Sequence[str], number: Callable[[str]
     for item in spec.split(","):
         name, _, value = item.partition("=")
         try:
-            out[{known: known for known in names}[name.strip()]] = number(value)
-        except (KeyError, ValueError):
+            if name not in names or name in out:
+                raise ValueError
+            out[name] = number(value)
+        except ValueError:
             raise ValueError(
-                f"{option} has {item!r}; expected NAME=NUMBER with NAME one of {', '.join(names)}."
+                f"{option} has {item!r}; expected NAME=NUMBER with NAME one of {', '.join(names)}, each once."
             ) from None
     return out
 
@@ -206,26 +222,29 @@ def _quickstart(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     import jaxllm
     from jaxllm import report
+    from jaxllm.generate import choose_max_len
     from jaxllm.measure import Workload
 
     work = Workload(rounds=args.rounds, max_len=256)
+    args.out.mkdir(parents=True, exist_ok=True)
     original = _load(args.model)
-    small = jaxllm.compact(ffn=0.84)
+    windows = _windows(args, original)
+    choose_max_len(original.cfg, work.max_len)
+    prompt = _chat_prompt(original.tokenizer, [{"role": "user", "content": args.question}])
     _log("compacting: scoring FFN channels on the calibration text")
-    compacted = small(original)
+    compacted = jaxllm.compact(ffn=0.84)(original)
     int8 = jaxllm.quantize_int8()
     models = {"original": original, "compact": compacted, "int8": int8(original), "compact + int8": int8(compacted)}
-    result, engines = report.compare_steps(models, _windows(args, original), work, _log)
+    result, engines = report.compare_steps(models, windows, work, _log)
     _print_report(result, args.out)
-    answers = {}
     print(f"\nQuestion: {args.question}")
+    answers = {}
     for name in ("original", "compact + int8"):
-        prompt = _chat_prompt(original.tokenizer, [{"role": "user", "content": args.question}])
         answers[name] = engines[name].generate(prompt, max_new_tokens=96)[0].text.strip()
         print(f"{name}: {answers[name]}")
     seconds = time.perf_counter() - start
     _log(f"done in {seconds:.0f} s; next: jaxllm chat {args.model}, jaxllm optimize --help")
-    return report.as_json(result) | {"question": args.question, "answers": answers, "seconds": round(seconds, 1)}
+    return dataclasses.asdict(result) | {"question": args.question, "answers": answers, "seconds": round(seconds, 1)}
 
 
 def _print_report(result: Any, out: Path) -> None:
@@ -237,40 +256,58 @@ def _print_report(result: Any, out: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(report.table(result))
     report.plot(result, out / "report.png")
-    (out / "report.json").write_text(json.dumps(report.as_json(result), indent=2) + "\n")
+    (out / "report.json").write_text(json.dumps(_finite(dataclasses.asdict(result)), indent=2) + "\n")
     _log(f"wrote {out / 'report.png'} and {out / 'report.json'}")
 
 
 def _optimize(args: argparse.Namespace) -> dict[str, Any]:
     import jaxllm
-    from jaxllm import report
+    from jaxllm import params, report
+    from jaxllm.generate import choose_max_len
     from jaxllm.measure import Workload
+    from jaxllm.transforms.compact import kept_counts
 
     _check_out(args.out)
-    work = Workload(rounds=args.rounds, batch=args.batch, max_len=args.max_len)
-    steps: dict[str, Any] = {}
-    if (args.prune is None) != (args.sparsity is None):
-        raise ValueError("--prune and --sparsity go together: --prune magnitude --sparsity 0.5.")
-    kept = None
-    if args.compact:
-        kept = _counts("--compact", args.compact, ("ffn", "kv_heads", "layers"), _fraction_or_count)
-        jaxllm.compact(**kept)  # bad values are refused before anything is loaded
-    if args.prune:
-        match = {} if args.prune_match is None else {"match": args.prune_match}
-        steps["prune"] = jaxllm.prune_magnitude(args.sparsity, scope=args.scope, **match)
-    if args.quantize:
-        steps["int8"] = jaxllm.quantize_int8(*([args.quantize_match] if args.quantize_match else []))
-    if not steps and not kept:
+    needs = {
+        "prune": ("sparsity", "scope", "prune_match"),
+        "compact": ("calibration",),
+        "quantize": ("quantize_match",),
+    }
+    for option, others in needs.items():
+        for other in others:
+            if getattr(args, option) is None and getattr(args, other) is not None:
+                raise ValueError(f"--{other.replace('_', '-')} goes with --{option}, which is not given.")
+    if args.prune is not None and args.sparsity is None:
+        raise ValueError("--prune needs --sparsity, the fraction of zeros.")
+    if args.prune is None and args.compact is None and args.quantize is None:
         raise ValueError("Nothing to do; give --prune, --compact or --quantize.")
+    matches = {"match": args.prune_match} if args.prune_match is not None else {}
+    scope = {"scope": args.scope} if args.scope is not None else {}
+    prune = None if args.prune is None else jaxllm.prune_magnitude(args.sparsity, **matches, **scope)
+    kept = None
+    if args.compact is not None:
+        kept = _counts("--compact", args.compact, ("ffn", "kv_heads", "layers"), _fraction_or_count)
+    work = None if args.no_report else Workload(rounds=args.rounds, batch=args.batch, max_len=args.max_len)
 
     lm = _load(args.model, args.dtype)
-    windows = None if args.no_report else _windows(args, lm)
-    if kept:
-        calibration = None
-        if args.calibration is not None:
-            calibration = jaxllm.token_windows(lm, _read(args.calibration))
+    windows = None
+    if work is not None:
+        windows = _windows(args, lm)
+        choose_max_len(lm.cfg, work.max_len)
+    for match in (args.prune_match, args.quantize_match):
+        if match is not None:
+            params.select(lm.info, match)
+    steps: dict[str, Any] = {}
+    if kept is not None:
+        kept_counts(lm.cfg, **kept)
+        calibration = None if args.calibration is None else jaxllm.token_windows(lm, _read(args.calibration))
         # Channels leave first: what is zeroed afterwards is chosen among those that stay.
-        steps = {"compact": jaxllm.compact(**kept, calibration=calibration)} | steps
+        steps["compact"] = jaxllm.compact(**kept, calibration=calibration)
+    if prune is not None:
+        steps["prune"] = prune
+    if args.quantize is not None:
+        match = {} if args.quantize_match is None else {"match": args.quantize_match}
+        steps["int8"] = jaxllm.quantize_int8(**match)
     models, name = {"original": lm}, ""
     for step, transform in steps.items():
         _log(f"applying {step}")
@@ -281,10 +318,10 @@ def _optimize(args: argparse.Namespace) -> dict[str, Any]:
     if "prune" in steps:
         _log("note: zeros in place change no dense program's speed; --compact does")
     out: dict[str, Any] = {"out": str(args.out), "ledger": [dataclasses.asdict(entry) for entry in lm.ledger]}
-    if windows is not None:
+    if work is not None and windows is not None:
         result, _ = report.compare_steps(models, windows, work, _log)
         _print_report(result, args.out)
-        out |= report.as_json(result)
+        out |= dataclasses.asdict(result)
     return out
 
 
@@ -301,6 +338,8 @@ def _model_for(args: argparse.Namespace) -> tuple[Any, Any]:
     jaxllm.Sampling(**{name: getattr(args, name) for name in SAMPLING})
     if args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {args.max_new_tokens}; expected a positive integer.")
+    if "" in args.stop:
+        raise ValueError("--stop is empty; it would end every answer before it begins.")
     mesh = _mesh(args.mesh)
     return _load(args.model, args.dtype), mesh
 
@@ -325,7 +364,7 @@ def _generate(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.system is not None and not args.chat:
         raise ValueError("--system is part of a chat; add --chat.")
-    texts = args.prompt or [sys.stdin.read()]
+    texts = args.prompt or [sys.stdin.read().removesuffix("\n")]
     if "" in texts:
         raise ValueError("A prompt is empty; give some text to go on from.")
     lm, mesh = _model_for(args)
@@ -360,9 +399,16 @@ def _chat(args: argparse.Namespace) -> dict[str, Any]:
         if not text.strip():
             return {"messages": messages}
         messages.append({"role": "user", "content": text})
-        answer = ""
+        answer, first = "", len(_messages(args))
+        while len(prompt := _chat_prompt(engine.tokenizer, messages)) >= engine.max_len and len(messages) > first + 1:
+            del messages[first : first + 2]  # the oldest question and its answer
+            _log("the conversation outgrew --max-len; its oldest turn is forgotten")
+        if len(prompt) >= engine.max_len:
+            _log(f"that has {len(prompt)} tokens and --max-len is {engine.max_len}; say it shorter")
+            messages.pop()
+            continue
         try:
-            for piece in engine.stream(_chat_prompt(engine.tokenizer, messages), **_options(args)):
+            for piece in engine.stream(prompt, **_options(args)):
                 print(piece, end="", flush=True)
                 answer += piece
         except KeyboardInterrupt:
@@ -379,7 +425,10 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
     tokens = _windows(args, lm)
     quality = dataclasses.asdict(jaxllm.compare(lm, reference, tokens))
     print(f"perplexity {quality['perplexity']:.3f} on {tokens.shape[0]} windows of {tokens.shape[1]} tokens")
-    if args.reference is not None:
+    if args.reference is None:
+        quality |= {"kl": None, "top1": None}
+        print("KL and top-1 agreement: not measured; name the original with --reference")
+    else:
         print(f"KL {quality['kl']:.4f} nats, top-1 agreement {quality['top1']:.1%} with {args.reference}")
     return {"model": args.model, "reference": args.reference, "windows": list(tokens.shape)} | quality
 
@@ -387,12 +436,15 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
 def _bench(args: argparse.Namespace) -> dict[str, Any]:
     import jaxllm
     from jaxllm import measure, report
+    from jaxllm.generate import choose_max_len
 
     work = measure.Workload(args.prompt_tokens, args.new_tokens, args.rounds, args.batch, args.max_len)
     mesh = _mesh(args.mesh)
+    models = {name: _load(name, args.dtype) for name in dict.fromkeys(args.model)}
+    for lm in models.values():
+        choose_max_len(lm.cfg, args.max_len)
     engines = {}
-    for name in dict.fromkeys(args.model):
-        lm = _load(name, args.dtype)
+    for name, lm in models.items():
         _log(f"compiling {name}")
         engines[name] = jaxllm.compile(lm, batch=args.batch, max_len=args.max_len, mesh=mesh)
     read_gb_s = measure.read_bandwidth()
@@ -415,7 +467,7 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
     weights = report.weight_groups(lm)
     ledger = [dataclasses.asdict(entry) for entry in lm.ledger]
     console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(report.info_table(lm))
+    console.print(report.info_table(lm, weights))
     for entry in ledger:
         console.print(f"{entry['name']}: {json.dumps(entry['args'])}", markup=False, highlight=False)
     sizes = {"params": lm.num_params, "weight_bytes": lm.weight_bytes}

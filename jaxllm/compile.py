@@ -32,6 +32,7 @@ class State:
 
     cache: KVCache
     token_B: jax.Array  # int32: drawn, not yet fed to the model
+    row_B: jax.Array  # int32: which prompt of the request this is; chance depends on it
     position_B: jax.Array  # int32: where token_B stands
     done_B: jax.Array  # bool: token_B is a stop token
     seen_BV: jax.Array  # bool: tokens of the prompt and the answer, for the repetition penalty
@@ -42,7 +43,7 @@ class Programs:
     """The compiled programs of one model, batch, length and mesh.
 
     start() -> State
-    prefill[C](params, state, tokens_BC, start, lengths_B, sampling) -> (State, token_B)
+    prefill[C](params, state, tokens_BC, start, lengths_B, row_B, sampling) -> (State, token_B)
         takes tokens start … start + C - 1 of every prompt, of which row b has lengths_B[b]; 0 for a row not in use.
         token_B has the first new token of the rows whose prompt has ended.
     decode(params, state, limit, sampling) -> (State, tokens_BN)
@@ -98,7 +99,7 @@ def compile_programs(
         prefill = jax.jit(
             functools.partial(_prefill, decoder), donate_argnums=1, out_shardings=(sharded.state(), sharded.batch(1))
         )
-        return prefill.lower(weights, state, tokens, number, lengths, how)
+        return prefill.lower(weights, state, tokens, number, lengths, lengths, how)
 
     decode = jax.jit(
         functools.partial(_decode, decoder, steps),
@@ -132,7 +133,7 @@ class _Shardings:
         if self.mesh is None:
             return None
         row = self.batch(1)
-        return State(shard.cache_shardings(self.cfg, self.mesh), row, row, row, self.batch(2))
+        return State(shard.cache_shardings(self.cfg, self.mesh), row, row, row, row, self.batch(2))
 
     def constrain(self, x_BTD: jax.Array) -> jax.Array:
         """Pins the residual stream; left free, propagation splits it and pays with collectives."""
@@ -146,9 +147,11 @@ class _Shardings:
 
 
 def _start(cfg: ModelConfig, batch: int, slots: int) -> State:
-    row_B = jnp.zeros(batch, jnp.int32)
-    seen_BV = jnp.zeros((batch, cfg.vocab_size), bool)
-    return State(init_cache(cfg, batch, slots), row_B, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool), seen_BV)
+    def zeros(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
+        return jnp.zeros((batch, *shape), dtype)  # a buffer each: all are donated
+
+    cache = init_cache(cfg, batch, slots)
+    return State(cache, zeros(), zeros(), zeros(), zeros(dtype=bool), zeros(cfg.vocab_size, dtype=bool))
 
 
 def _apply(decoder: Decoder, params: Params, *args: jax.Array | KVCache) -> tuple[jax.Array, Any]:
@@ -162,6 +165,7 @@ def _prefill(
     tokens_BC: jax.Array,
     start: jax.Array,
     lengths_B: jax.Array,
+    row_B: jax.Array,
     how: SamplingArrays,
 ) -> tuple[State, jax.Array]:
     batch, chunk = tokens_BC.shape
@@ -171,11 +175,12 @@ def _prefill(
     rows_B = jnp.arange(batch)
     seen_BV = state.seen_BV.at[rows_B[:, None], tokens_BC].max(positions_BC < lengths_B[:, None])
     ends_here_B = (last_B >= 0) & (last_B < chunk)
-    token_B = next_token(logits_B1V[:, 0], seen_BV, lengths_B, how)
+    token_B = next_token(logits_B1V[:, 0], seen_BV, row_B, lengths_B, how)
     token_B = jnp.where(ends_here_B, token_B, state.token_B)
     state = State(
         cache=cache,
         token_B=token_B,
+        row_B=row_B,
         position_B=lengths_B,
         done_B=(lengths_B == 0) | (jnp.isin(token_B, how.stop_tokens) & (last_B < chunk)),
         seen_BV=seen_BV.at[rows_B, token_B].max(ends_here_B),
@@ -196,13 +201,14 @@ def _decode(
     def advance(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         step, state, out_BN = carry
         logits_B1V, cache = _apply(decoder, params, state.token_B[:, None], state.position_B[:, None], state.cache)
-        token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.position_B + 1, how)
+        token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how)
         # A row that has ended stands still: it writes the same slot again, and nothing reads it.
         token_B = jnp.where(state.done_B, state.token_B, token_B)
         out_BN = lax.dynamic_update_slice_in_dim(out_BN, jnp.where(state.done_B, -1, token_B)[:, None], step, axis=1)
         state = State(
             cache=cache,
             token_B=token_B,
+            row_B=state.row_B,
             position_B=jnp.where(state.done_B, state.position_B, state.position_B + 1),
             done_B=state.done_B | jnp.isin(token_B, how.stop_tokens),
             seen_BV=state.seen_BV.at[rows_B, token_B].set(True),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxllm import shard
 from jaxllm.compile import Programs, compile_programs
 from jaxllm.config import ModelConfig
 from jaxllm.lm import LM, check_tokens
-from jaxllm.params import Params, flatten
+from jaxllm.params import Params
 from jaxllm.sample import Sampling, SamplingArrays, as_arrays
 from jaxllm.text import TextStream, Tokenizer
 
@@ -47,6 +48,7 @@ class Engine:
     programs: Programs
     tokenizer: Tokenizer | None
     max_len: int
+    mesh: Mesh | None
 
     def generate(
         self,
@@ -122,17 +124,20 @@ class Engine:
         for start in range(0, len(requests), self.programs.batch):
             group = requests[start : start + self.programs.batch]
             limit = max(request.limit for request in group)
-            for block_BN in self.token_blocks([request.prompt for request in group], limit, arrays):
+            for block_BN in self.token_blocks([request.prompt for request in group], limit, arrays, start):
                 for request, row in zip(group, block_BN, strict=False):
                     if text := request.take(row, stops):
                         yield request, text
                 if all(request.result.finish_reason for request in group):
                     break
 
-    def token_blocks(self, prompts: Sequence[Sequence[int]], limit: int, how: SamplingArrays) -> Iterator[np.ndarray]:
+    def token_blocks(
+        self, prompts: Sequence[Sequence[int]], limit: int, how: SamplingArrays, first_row: int = 0
+    ) -> Iterator[np.ndarray]:
         """The new tokens of at most `batch` prompts as they are drawn: int32 [B, N]; -1 after a row's end.
 
         The first block has one column, the others as many as a decode call yields. Prompts and limit must fit max_len.
+        first_row: number of the first prompt, which chance depends on.
         """
         batch = self.programs.batch
         lengths_B = np.zeros(batch, np.int32)
@@ -142,11 +147,12 @@ class Engine:
         for row, prompt in zip(tokens_BT, prompts, strict=False):
             row[: len(prompt)] = prompt
 
+        row_B = np.arange(first_row, first_row + batch, dtype=np.int32)
         state = self.programs.start()
         at, tokens = 0, None
         for chunk in plan:
             call = self.programs.prefill[chunk]
-            state, tokens = call(self.params, state, tokens_BT[:, at : at + chunk], np.int32(at), lengths_B, how)
+            state, tokens = call(self.params, state, tokens_BT[:, at : at + chunk], np.int32(at), lengths_B, row_B, how)
             at += chunk
         left = limit - 1
         # The next block is dispatched before this one is read, so that the host's work costs no time.
@@ -159,12 +165,16 @@ class Engine:
 
     @property
     def step_bytes(self) -> int:
-        """What one decode step has to read: every weight that is contracted, and the whole cache."""
-        flat = flatten(self.params)
-        looked_up = 0 if self.cfg.tie_embeddings else flat["embed/w"].nbytes
+        """What each device has to read in a decode step: its part of the contracted weights and of the cache."""
+
+        def nbytes(tree: Any) -> int:
+            leaves = jax.tree.leaves(tree)
+            return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+        looked_up = 0 if self.cfg.tie_embeddings else nbytes(self.params["embed"])
+        devices = 1 if self.mesh is None else self.mesh.size
         kv = 2 * self.cfg.num_layers * self.cfg.num_kv_heads * self.cfg.head_dim * jnp.dtype(self.cfg.dtype).itemsize
-        weights = sum(leaf.nbytes for leaf in flat.values())
-        return weights - looked_up + kv * self.programs.batch * self.programs.slots
+        return nbytes(self.params) - looked_up + kv * self.programs.batch * self.programs.slots // devices
 
 
 @dataclasses.dataclass
@@ -204,7 +214,7 @@ def encode_prompts(
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise ValueError(f"Prompt {i} is text, and this model has no tokenizer; give a list of token ids.")
-            prompt = tokenizer.encode(prompt)
+            prompt = tokenizer.encode(prompt) if prompt else []
         tokens = list(prompt)
         if not tokens:
             raise ValueError(f"Prompt {i} is empty; a model needs at least one token to go on from.")
@@ -255,4 +265,4 @@ def compile(lm: LM, *, batch: int = 1, max_len: int | None = None, mesh: Mesh | 
     params = lm.params
     if mesh is not None:
         params = jax.device_put(params, shard.param_shardings(lm.cfg, params, mesh))
-    return Engine(lm.cfg, params, programs, lm.tokenizer, max_len)
+    return Engine(lm.cfg, params, programs, lm.tokenizer, max_len, mesh)

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.models.decoder import Decoder
-from jaxllm.params import Boxed, ParamInfo, Params, flatten, unflatten
+from jaxllm.params import Boxed, ParamInfo, Params, flatten
 
 if TYPE_CHECKING:
     from jaxllm.text import Tokenizer
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Entry:
     """One line of a ledger: what was done to a model.
 
-    args: the transform's arguments, as JSON values; enough to do it again.
+    args: the transform's arguments and what it decided, as JSON values.
     touched: {path with layer numbers as N: how many leaves}.
     parent: hash of the config and the ledger before this entry; "" for the first.
     """
@@ -107,12 +107,6 @@ def init(cfg: ModelConfig, seed: int = 0) -> LM:
         return _unbox(Decoder(cfg).init(key, tokens, tokens)["params"])
 
     return LM(cfg, jax.jit(make)(jax.random.key(seed)), (Entry("init", {"seed": seed}),))
-
-
-@functools.lru_cache(maxsize=64)
-def abstract_params(cfg: ModelConfig) -> Params:
-    """The weights' shapes and types, nothing computed: a nested dict of jax.ShapeDtypeStruct."""
-    return _unbox(unflatten(_abstract_boxed(cfg)))
 
 
 @functools.lru_cache(maxsize=64)

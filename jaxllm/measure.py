@@ -21,7 +21,7 @@ class Speed:
 
     ttft_ms: from the prompt's tokens on the host to the first new token on the host.
     step_ms: a decode step, which yields one token for each row of the batch; spread is (slowest - fastest) / median.
-    bandwidth_use: bytes that a step has to read, over its time, over the machine's read bandwidth (MBU).
+    bandwidth_use: bytes that a device has to read for a step, over its time, over its read bandwidth (MBU).
     """
 
     ttft_ms: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
-def select(info: Mapping[str, ParamInfo], match: str) -> Iterator[str]:
+def select(info: Mapping[str, ParamInfo], match: str) -> list[str]:
     """Paths of the matmul weights whose whole path matches the regular expression `match`.
 
     Raises ValueError when there is none, listing what is there: a pattern that does nothing is a mistake.
@@ -82,10 +82,10 @@ def select(info: Mapping[str, ParamInfo], match: str) -> Iterator[str]:
     if not found:
         shown = sorted({re.sub(r"\d+", "N", path) for path in known})
         raise ValueError(f"No weight path matches {match!r}. Weights here: {', '.join(shown)}.")
-    return iter(found)
+    return found
 
 
-def map_weights(fn: Callable[[str, Weight], Weight], params: Params, paths: Iterator[str]) -> dict[str, Any]:
+def map_weights(fn: Callable[[str, Weight], Weight], params: Params, paths: Iterable[str]) -> dict[str, Any]:
     """Replaces the leaves at `paths` by fn(path, leaf)."""
     flat = flatten(params)
     for path in paths:

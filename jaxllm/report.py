@@ -28,7 +28,7 @@ class Row:
     """One model beside the original. Fields as in `measure.Speed` and `evaluate.Quality`.
 
     pruning_rate: α, the fraction of the original's parameters that are gone or zero.
-    speedup: β, the original's ms per token over this one's.
+    speedup: β, the original's step_ms over this one's.
     """
 
     name: str
@@ -84,7 +84,7 @@ def compare_steps(
         row = Row(
             name=name,
             params=lm.num_params,
-            pruning_rate=1 - _nonzero(lm) / _nonzero(original),
+            pruning_rate=1 - _remaining(lm) / original.num_params,
             weight_bytes=lm.weight_bytes,
             speedup=speeds[first].step_ms / speeds[name].step_ms,
             **dataclasses.asdict(speeds[name]),
@@ -95,16 +95,12 @@ def compare_steps(
     return Report(tuple(rows), str(origin), machine(), read_gb_s, work.batch, tokens_NT.size), engines
 
 
-def _nonzero(lm: LM) -> int:
-    """Parameters that are not zero. What int8 rounds to zero is not pruned, and counts in a pruned model only."""
-    pruned = any(entry.name.startswith("prune") for entry in lm.ledger)
-    count = 0
-    for leaf in flatten(lm.params).values():
-        if isinstance(leaf, QArray):
-            count += int(jnp.count_nonzero(leaf.values)) if pruned else leaf.size
-        else:
-            count += int(jnp.count_nonzero(leaf))
-    return count
+def _remaining(lm: LM) -> int:
+    """Parameters less the zeros that pruning made; zeros of an unpruned model, int8's included, are no pruning."""
+    if not any(entry.name.startswith("prune") for entry in lm.ledger):
+        return lm.num_params
+    leaves = [leaf.values if isinstance(leaf, QArray) else leaf for leaf in flatten(lm.params).values()]
+    return sum(int(jnp.count_nonzero(leaf)) for leaf in leaves)
 
 
 def machine() -> str:
@@ -112,10 +108,6 @@ def machine() -> str:
     device = jax.devices()[0]
     kind = device.device_kind if device.platform != "cpu" else f"CPU, {os.cpu_count()} cores, {platform.machine()}"
     return f"{len(jax.devices())} x {kind}, jax {jax.__version__}, Python {platform.python_version()}"
-
-
-def as_json(report: Report) -> dict[str, Any]:
-    return dataclasses.asdict(report)
 
 
 def table(report: Report) -> Table:
@@ -133,7 +125,7 @@ def table(report: Report) -> Table:
         "α",
         "weights",
         "TTFT ms",
-        "ms/token",
+        "ms/step",
         "±",
         "tokens/s",
         "β",
@@ -209,8 +201,8 @@ def weight_groups(lm: LM) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def info_table(lm: LM) -> Table:
-    """What the model is made of, for a terminal."""
+def info_table(lm: LM, groups: Sequence[dict[str, Any]]) -> Table:
+    """What the model is made of, for a terminal; groups: from `weight_groups`."""
     cfg = lm.cfg
     title = (
         f"{cfg.num_layers} layers, embed {cfg.embed_dim}, FFN {cfg.ffw_dim}, {cfg.num_heads} heads and "
@@ -220,7 +212,7 @@ def info_table(lm: LM) -> Table:
     out = Table(title=title, caption=f"{lm.num_params / 1e6:.1f} M parameters, {lm.weight_bytes / 1e6:.1f} MB")
     for name in ("weight", "shape", "precision", "count", "MB", "zeros"):
         out.add_column(name, justify="left" if name == "weight" else "right", no_wrap=True)
-    for group in weight_groups(lm):
+    for group in groups:
         size = group["count"] * math.prod(group["shape"])
         shape = " x ".join(map(str, group["shape"]))
         cells = (group["path"], shape, group["dtype"], str(group["count"]), f"{group['bytes'] / 1e6:.2f}")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MAX_STOP_TOKENS = 16
+LEAST_TEMPERATURE = 1e-5  # what is lower, but not 0, counts as this: logits stay finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Sampling:
 
     def __post_init__(self):
         checks = {
-            "repetition_penalty": (self.repetition_penalty > 0, "a number above 0 (1 is no penalty)"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "a number above 0 (1 is no penalty)"),
             "temperature": (0 <= self.temperature < float("inf"), "a number from 0 (greedy) up"),
             "top_k": (isinstance(self.top_k, int) and 0 <= self.top_k < 2**31, "an integer from 0 (all tokens) up"),
             "top_p": (0 < self.top_p <= 1, "a number in (0, 1]"),
@@ -80,12 +81,14 @@ def as_arrays(sampling: Sampling, stop_tokens: frozenset[int]) -> SamplingArrays
     )
 
 
-def next_token(logits_BV: jax.Array, seen_BV: jax.Array, positions_B: jax.Array, how: SamplingArrays) -> jax.Array:
+def next_token(
+    logits_BV: jax.Array, seen_BV: jax.Array, rows_B: jax.Array, positions_B: jax.Array, how: SamplingArrays
+) -> jax.Array:
     """Draws int32 [B] from float32 logits.
 
     seen_BV: bool, which tokens the repetition penalty is for.
-    positions_B: where the token will stand. Chance depends on the seed, the row and the position, on nothing else: not
-        on the other rows, nor on how many steps a dispatch takes.
+    rows_B, positions_B: which prompt it is for and where the token will stand. Chance depends on these and the seed, on
+        nothing else: not on the other rows, nor on the batch, nor on how many steps a dispatch takes.
     """
     penalised_BV = jnp.where(logits_BV > 0, logits_BV / how.repetition_penalty, logits_BV * how.repetition_penalty)
     logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
@@ -94,9 +97,10 @@ def next_token(logits_BV: jax.Array, seen_BV: jax.Array, positions_B: jax.Array,
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def draw(logits_BV: jax.Array) -> jax.Array:
-        kept_BV = keep_likely(logits_BV / how.temperature, how.top_k, how.top_p, how.min_p)
+        kept_BV = keep_likely(
+            logits_BV / jnp.maximum(how.temperature, LEAST_TEMPERATURE), how.top_k, how.top_p, how.min_p
+        )
         key = jax.random.key(how.seed)
-        rows_B = jnp.arange(positions_B.shape[0])
         keys_B = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(rows_B, positions_B)
         return jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
 

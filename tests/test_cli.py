@@ -120,12 +120,22 @@ def test_bench_gives_a_line_for_each_model(capsys, model):
         (["generate", "MODEL", "x", "--mesh", "rows=3"], "'rows=3'; expected NAME=NUMBER"),
         (["generate", "MODEL", "x", "--mesh", "model=99"], "needs 99 devices"),
         (["optimize", "MODEL", "--out", "OUT"], "Nothing to do"),
-        (["optimize", "MODEL", "--out", "OUT", "--prune", "magnitude"], "--prune and --sparsity go together"),
+        (["optimize", "MODEL", "--out", "OUT", "--prune", "magnitude"], "--prune needs --sparsity"),
         (["optimize", "MODEL", "--out", "OUT", "--prune", "magnitude", "--sparsity", "2"], "sparsity is 2.0"),
+        (["optimize", "MODEL", "--out", "OUT", "--quantize", "int8", "--scope", "global"], "--scope goes with --prune"),
+        (["optimize", "MODEL", "--out", "OUT", "--compact", "ffn=0.5,ffn=2"], "each once"),
+        (["optimize", "MODEL", "--out", "OUT", "--compact", "ffn=0.5", "--max-len", "300"], "at most 256"),
+        (["optimize", "MODEL", "--out", "MODEL/jaxllm.json/x", "--quantize", "int8"], "cannot be written"),
+        (["quickstart", "--model", "MODEL", "--out", "OUT", "--text", "no.txt"], "no.txt"),
+        (["generate", "MODEL", "x", "--stop", ""], "--stop is empty"),
+        (["bench", "MODEL", "./missing"], "missing"),
         (["optimize", "MODEL", "--out", "OUT", "--compact", "ffn=x"], "'ffn=x'"),
         (["optimize", "MODEL", "--out", "OUT", "--compact", "rows=1"], "'rows=1'"),
         (["optimize", "MODEL", "--out", "OUT", "--compact", "kv_heads=9", "--no-report"], "the model has 4"),
-        (["optimize", "MODEL", "--out", "OUT", "--quantize", "int8", "--quantize-match", "x"], "No weight path"),
+        (
+            ["optimize", "MODEL", "--out", "OUT", "--quantize", "int8", "--quantize-match", "x", "--max-len", "128"],
+            "No weight path",
+        ),
         (["optimize", "MODEL", "--out", "MODEL", "--quantize", "int8"], "exists"),
         (["optimize", "MODEL", "--out", "OUT", "--quantize", "int8", "--text", "no.txt"], "no.txt"),
         (["eval", "MODEL", "--text", "no.txt"], "no.txt"),
@@ -134,16 +144,22 @@ def test_bench_gives_a_line_for_each_model(capsys, model):
         (["export", "MODEL", "--out", "MODEL"], "exists"),
     ],
 )
-def test_bad_input_is_one_line_on_stderr(capsys, model, tmp_path, argv, message):
+def test_bad_input_is_one_line_on_stderr_before_slow_work(capsys, model, tmp_path, argv, message, monkeypatch):
+    def too_late(*args, **kwargs):
+        raise AssertionError("slow work was begun")
+
+    monkeypatch.setattr(sys.modules["jaxllm.compile"], "ThreadPoolExecutor", too_late)
+    monkeypatch.setattr("jaxllm.transforms.compact.input_mean_squares", too_late)
+    monkeypatch.setattr("jaxllm.transforms.prune._zero_smallest", too_late)
     out = tmp_path / "out"
-    code, _, stdout, err = run(capsys, *[{"MODEL": model, "OUT": str(out)}.get(arg, arg) for arg in argv])
+    code, _, stdout, err = run(capsys, *[arg.replace("MODEL", model).replace("OUT", str(out)) for arg in argv])
     errors = [line for line in err.splitlines() if line.startswith("jaxllm: error:")]
     assert code == 1
     assert len(errors) == 1
     assert message in errors[0]
     assert "Traceback" not in err
     assert stdout == ""
-    assert not out.exists()
+    assert not out.exists() or argv[0] == "quickstart"
 
 
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["optimize", "MODEL"], ["generate", "MODEL", "--top-k", "x"]])
@@ -155,7 +171,19 @@ def test_misuse_exits_with_two(argv, capsys):
 
 
 def test_an_interrupt_ends_with_130_and_leaves_nothing(model, tmp_path):
-    command = [sys.executable, "-m", "jaxllm.cli", "optimize", model, "--quantize", "int8", "--out", "out"]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxllm.cli",
+        "optimize",
+        model,
+        "--quantize",
+        "int8",
+        "--max-len",
+        "128",
+        "--out",
+        "out",
+    ]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:

@@ -9,6 +9,7 @@ import jaxllm
 from jaxllm.cache import init_cache
 from jaxllm.generate import plan_prefill
 from jaxllm.models.decoder import Decoder
+from jaxllm.sample import as_arrays
 from tests.conftest import FAMILIES, TINY
 
 PROMPTS = [list(range(5, 25)), [7], list(range(100, 3, -1))]  # 20, 1 and 97 tokens
@@ -65,8 +66,8 @@ def test_a_stop_token_ends_its_row_only(tiny):
     stopped = engine.generate(PROMPTS[:2], max_new_tokens=20, stop_tokens=[stop])
     assert stopped[0].tokens == free[0].tokens[: free[0].tokens.index(stop) + 1]
     assert stopped[0].finish_reason == "stop_token"
-    if stop not in free[1].tokens:
-        assert stopped[1].tokens == free[1].tokens
+    assert stop not in free[1].tokens
+    assert stopped[1].tokens == free[1].tokens
 
 
 def test_chance_depends_on_seed_row_and_position_only(tiny):
@@ -77,6 +78,8 @@ def test_chance_depends_on_seed_row_and_position_only(tiny):
     assert first[0].tokens != first[1].tokens
     assert engine.generate([[1, 2], [9]], seed=3, **options)[0].tokens == first[0].tokens
     assert engine.generate([[1, 2], [1, 2]], seed=4, **options)[0].tokens != first[0].tokens
+    one_by_one = jaxllm.compile(tiny, max_len=64).generate([[1, 2], [1, 2]], seed=3, **options)
+    assert [r.tokens for r in one_by_one] == [r.tokens for r in first]
 
 
 def test_repetition_penalty_counts_prompt_and_answer(tiny):
@@ -151,12 +154,25 @@ def test_bad_shapes_are_refused(tiny, options):
         jaxllm.compile(tiny, **options)
 
 
-def test_an_abandoned_stream_leaves_the_engine_usable(engine):
-    blocks = engine.generate([[1, 2, 3]], max_new_tokens=20)
-    run = engine._run(engine._requests([[1, 2, 3]], 20, (), None), jaxllm.Sampling(), None)
-    next(run, None)
-    run.close()
-    assert engine.generate([[1, 2, 3]], max_new_tokens=20) == blocks
+def test_an_abandoned_request_leaves_the_engine_usable(engine):
+    before = engine.generate([[1, 2, 3]], max_new_tokens=20)
+    blocks = engine.token_blocks([[1, 2, 3]], 20, as_arrays(jaxllm.Sampling(), frozenset()))
+    assert next(blocks).shape == (1, 1)
+    blocks.close()
+    assert engine.generate([[1, 2, 3]], max_new_tokens=20) == before
+
+
+def test_smollm2_streams_and_stops(smollm2):
+    engine = jaxllm.compile(smollm2, max_len=128)
+    prompt = "Numbers: 1, 2, 3, 4,"
+    (whole,) = engine.generate(prompt, max_new_tokens=24)
+    pieces = list(engine.stream(prompt, max_new_tokens=24))
+    assert "".join(pieces) == whole.text
+    assert len(pieces) >= 3
+    assert " 7," in whole.text
+    (stopped,) = engine.generate(prompt, max_new_tokens=24, stop=["7, "])
+    assert stopped.text == whole.text[: whole.text.index("7, ")]
+    assert stopped.finish_reason == "stop_string"
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65, 256, 257, 700])

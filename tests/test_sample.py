@@ -54,7 +54,7 @@ def test_draws_follow_the_distribution():
     rows = 4000
     logits = jnp.broadcast_to(jnp.log(jnp.asarray(probs, jnp.float32)), (rows, 4))
     how = as_arrays(Sampling(temperature=1.0, seed=5), frozenset())
-    tokens = next_token(logits, jnp.zeros((rows, 4), bool), jnp.arange(rows), how)
+    tokens = next_token(logits, jnp.zeros((rows, 4), bool), jnp.arange(rows), jnp.zeros(rows, jnp.int32), how)
     counts = np.bincount(tokens, minlength=4) / rows
     np.testing.assert_allclose(counts, probs, atol=4 * np.sqrt(0.25 / rows))
 
@@ -64,4 +64,10 @@ def test_temperature_zero_is_greedy_and_the_penalty_comes_first():
     seen = jnp.asarray([[True, False, False]])
     for penalty, expected in [(1.0, 0), (1.2, 1)]:
         how = as_arrays(Sampling(repetition_penalty=penalty), frozenset())
-        assert int(next_token(logits, seen, jnp.zeros(1, jnp.int32), how)[0]) == expected
+        assert int(next_token(logits, seen, *[jnp.zeros(1, jnp.int32)] * 2, how)[0]) == expected
+
+
+def test_a_tiny_temperature_is_nearly_greedy():
+    logits = jnp.asarray([[1.0, 5.0, 4.9]])
+    how = as_arrays(Sampling(temperature=1e-38), frozenset())
+    assert int(next_token(logits, jnp.zeros((1, 3), bool), *[jnp.zeros(1, jnp.int32)] * 2, how)[0]) == 1

@@ -174,6 +174,7 @@ def test_the_ledger_tells_what_was_done(tiny):
         (lambda: jaxllm.compact(layers=1.5, calibration=TOKENS), "layers=1.5 keeps a fraction"),
         (lambda: jaxllm.compact(layers=2, calibration=TOKENS + 200), "token ids run from"),
         (lambda: jaxllm.compact(layers=2), "no tokenizer"),
+        (lambda: jaxllm.compact(layers=2, calibration=TOKENS[:, :1]), "at least two a window"),
         (lambda: jaxllm.chain(jaxllm.quantize_int8(), jaxllm.prune_magnitude(0.5)), "cannot follow quantize_int8"),
         (lambda: jaxllm.chain(jaxllm.quantize_int8(), jaxllm.compact(ffn=32)), "cannot follow quantize_int8"),
     ],

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxllm import hub
 from jaxllm.checkpoint import hf, native
+from jaxllm.compile import use_compilation_cache
 from jaxllm.lm import LM
 
 __all__ = ["export_hf", "load", "load_path", "save"]
@@ -26,6 +27,7 @@ def load(
     dtype: see `load_path`.
     Raises hub.HubError when it cannot be had, and what `load_path` raises.
     """
+    use_compilation_cache()  # whatever comes next compiles
     source = hub.resolve(name_or_path, log=log)
     return load_path(source.path, origin=source.origin, dtype=dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from typing import Any
 
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.calibrate import input_mean_squares
+from jaxllm.config import ModelConfig
 from jaxllm.evaluate import calibration_text, score, token_windows
-from jaxllm.lm import LM, Transform, logits, record, require_order
+from jaxllm.lm import LM, Transform, check_tokens, logits, record, require_order
 from jaxllm.params import flatten, unflatten
 
 TILE = 128  # a TPU's matmul works on multiples of this; a width in between costs as much as the next one
@@ -24,7 +26,8 @@ def compact(ffn: Keep = None, kv_heads: Keep = None, layers: Keep = None, calibr
 
     ffn, kv_heads, layers: what is kept: an int is a count, a float in (0, 1] a fraction; None keeps all. A fraction of
         the FFN channels is rounded to a multiple of 128 where there are that many.
-    calibration: integer ids [N, T] of the text that decides; by default the one that ships with the package.
+    calibration: integer ids [N, T] of the text that decides, T >= 2; by default the one that ships with the package.
+        Layers are judged on its first window.
 
     A channel's score is the root mean square of its activation times the norm of the weights that read it (the "down"
     column); a KV head's is the same summed over its query heads and "o". A layer's is how far the predictions move (KL)
@@ -39,20 +42,29 @@ def compact(ffn: Keep = None, kv_heads: Keep = None, layers: Keep = None, calibr
 
     def transform(lm: LM) -> LM:
         require_order(lm, "compact")
-        cfg = lm.cfg
-        counts = {
-            "ffn": _count("ffn", ffn, cfg.ffw_dim, TILE),
-            "kv_heads": _count("kv_heads", kv_heads, cfg.num_kv_heads),
-            "layers": _count("layers", layers, cfg.num_layers),
-        }
-        tokens_NT = token_windows(lm, calibration_text()) if calibration is None else np.asarray(calibration)
+        counts = kept_counts(lm.cfg, ffn, kv_heads, layers)
+        tokens_NT = token_windows(lm, calibration_text()) if calibration is None else calibration
+        tokens_NT = check_tokens(lm.cfg, tokens_NT)
+        if tokens_NT.shape[1] < 2:
+            raise ValueError("Calibration windows of one token have nothing to predict; give at least two a window.")
         small, kept_layers = _keep_layers(lm, counts["layers"], tokens_NT)
         small = _keep_channels(small, counts["ffn"], counts["kv_heads"], tokens_NT)
-        args = counts | {"kept_layers": kept_layers, "calibration_tokens": tokens_NT.size}
+        digest = hashlib.sha256(tokens_NT.tobytes()).hexdigest()[:16]
+        calibrated = {"tokens": tokens_NT.size, "sha256": digest}
+        args = counts | {"kept_layers": kept_layers, "calibration": calibrated}
         touched = [path for path in flatten(lm.params) if path.startswith("layers_")]
         return record(lm, "compact", args, touched, cfg=small.cfg, params=small.params)
 
     return transform
+
+
+def kept_counts(cfg: ModelConfig, ffn: Keep = None, kv_heads: Keep = None, layers: Keep = None) -> dict[str, int]:
+    """What `compact` would keep of a model of this shape. Raises ValueError for a count that is not there."""
+    return {
+        "ffn": _count("ffn", ffn, cfg.ffw_dim, TILE),
+        "kv_heads": _count("kv_heads", kv_heads, cfg.num_kv_heads),
+        "layers": _count("layers", layers, cfg.num_layers),
+    }
 
 
 def _count(name: str, keep: Keep, have: int, tile: int = 1) -> int:
@@ -89,7 +101,10 @@ def _keep_layers(lm: LM, count: int, tokens_NT: np.ndarray) -> tuple[LM, list[in
             score(logits(without, tokens_1T)[0], reference_1TV[0], tokens_1T[0])[1]
             for tokens_1T, reference_1TV in zip(windows, reference, strict=True)
         ]
-        return float(sum(scores))
+        total = float(sum(scores))
+        if not np.isfinite(total):
+            raise ValueError("The model's predictions are not finite; layers cannot be compared.")
+        return total
 
     absent: list[int] = []
     while len(kept) > count:

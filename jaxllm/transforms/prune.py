@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.lm import LM, Transform, record, require_order
-from jaxllm.params import flatten, map_weights, select
+from jaxllm.params import flatten, select, unflatten
 
 
 def prune_magnitude(
@@ -32,15 +32,14 @@ def prune_magnitude(
 
     def transform(lm: LM) -> LM:
         require_order(lm, "prune_magnitude")
-        paths = list(select(lm.info, match))
+        paths = select(lm.info, match)
         flat = flatten(lm.params)
-        pruned = {}
         for group in [paths] if scope == "global" else [[path] for path in paths]:
             leaves = [flat[path] for path in group]
             count = int(sparsity * sum(leaf.size for leaf in leaves))
-            pruned |= zip(group, _zero_smallest(leaves, count), strict=True)
-        params = map_weights(lambda path, _: pruned[path], lm.params, iter(paths))
-        args = {"sparsity": sparsity, "match": match, "scope": scope}
+            flat |= zip(group, _zero_smallest(leaves, count), strict=True)
+        params = unflatten(flat)
+        args = {"sparsity": float(sparsity), "match": match, "scope": scope}
         return record(lm, "prune_magnitude", args, paths, params=params)
 
     return transform
@@ -50,7 +49,7 @@ def _zero_smallest(leaves: Sequence[jax.Array], count: int) -> list[jax.Array]:
     """The leaves with exactly `count` of their elements, those of least magnitude, zero.
 
     The threshold is found bit by bit (magnitudes order as their bit patterns do), so that nothing is sorted, nothing
-    gathered from other devices, and the number of elements is not bound by an int32.
+    gathered from other devices, and only a single leaf has to have fewer than 2**31 elements.
     """
     threshold = 0
     for bit in reversed(range(31)):

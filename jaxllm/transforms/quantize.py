@@ -26,11 +26,11 @@ def quantize_int8(match: str = r".*") -> Transform:
     def transform(lm: LM) -> LM:
         require_order(lm, "quantize_int8")
         flat = flatten(lm.params)
-        paths = list(select(lm.info, match))
+        paths = select(lm.info, match)
         todo = [path for path in paths if not isinstance(flat[path], QArray)]
         if not todo:
             raise ValueError(f"All {len(paths)} weights that {match!r} matches are quantised already.")
-        params = map_weights(lambda path, w: _quantize(w, lm.info[path].contracted), lm.params, iter(todo))
+        params = map_weights(lambda path, w: _quantize(w, lm.info[path].contracted), lm.params, todo)
         return record(lm, "quantize_int8", {"match": match}, todo, params=params)
 
     return transform
