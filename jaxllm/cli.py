@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="MODEL is smollm2-135m, a directory, a .gguf file or a Hugging Face id. "
         "JAXLLM_DEBUG=1 shows the traceback of an error.",
     )
+    parser.add_argument("--version", action="version", version=f"jaxllm {importlib.metadata.version('jaxllm')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], Any], help: str) -> argparse.ArgumentParser:
