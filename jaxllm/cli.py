@@ -21,7 +21,12 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0, 1 for an error that is told in one line, 130 for an interrupt."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, extra = parser.parse_known_args(argv)
+    if hasattr(args, "prompt") and not any(word.startswith("-") for word in extra):
+        args.prompt += extra  # argparse gives up positionals after the first option that follows one
+    elif extra:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt does: what is half-written is removed
     try:
         result = args.run(args)

@@ -87,6 +87,20 @@ def test_generate_prints_text_and_nothing_else(capsys, model):
     assert result["results"][0]["prompt_tokens"] == len("user: Hello\nassistant:")
 
 
+def test_prompts_may_follow_options(capsys, model):
+    options = ["--max-new-tokens", "2", "--max-len", "64", "--json"]
+    code, result, _, _ = run(capsys, "generate", model, "--chat", "Hello", *options, "Bye")
+    assert code == 0
+    assert [r["prompt"] for r in result["results"]] == ["Hello", "Bye"]
+
+
+def test_a_relative_path_will_do(capsys, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "optimize", model, "--quantize", "int8", "--out", "small", "--no-report")[0] == 0
+    assert run(capsys, "info", "small")[0] == 0
+    assert run(capsys, "export", "small", "--out", "hf")[0] == 0
+
+
 def test_chat_remembers_what_was_said(capsys, model, monkeypatch):
     lines = iter(["One", "Two", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
@@ -162,7 +176,9 @@ def test_bad_input_is_one_line_on_stderr_before_slow_work(capsys, model, tmp_pat
     assert not out.exists() or argv[0] == "quickstart"
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["optimize", "MODEL"], ["generate", "MODEL", "--top-k", "x"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["optimize", "MODEL"], ["generate", "M", "x", "--top-k", "x"], ["info", "M", "N"]]
+)
 def test_misuse_exits_with_two(argv, capsys):
     with pytest.raises(SystemExit) as exit:
         main(argv)

@@ -42,7 +42,7 @@ def load_path(path: str | os.PathLike[str], *, origin: str, dtype: str | None = 
     Raises FileNotFoundError when nothing is there, ValueError when it cannot be read, before reading weights where
     headers tell.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # as Orbax wants it
     if path.is_file() and path.suffix == ".gguf":
         from jaxllm.checkpoint import gguf  # the library takes a quarter of a second
 
