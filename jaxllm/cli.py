@@ -14,7 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxllm import arguments
+from rich.console import Console
+
+import jaxllm
+from jaxllm import arguments, measure, params, report
+from jaxllm.generate import choose_max_len, encode_prompts
+from jaxllm.measure import Workload
+from jaxllm.transforms.compact import kept_counts
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -61,8 +67,6 @@ def _log(message: str) -> None:
 
 
 def _load(name: str, dtype: str | None = None) -> Any:
-    import jaxllm
-
     start = time.perf_counter()
     lm = jaxllm.load(name, dtype, log=_log)
     _log(
@@ -73,8 +77,6 @@ def _load(name: str, dtype: str | None = None) -> Any:
 
 
 def _windows(args: argparse.Namespace, lm: Any) -> Any:
-    import jaxllm
-
     text = jaxllm.evaluation_text() if args.text is None else _read(args.text)
     return jaxllm.token_windows(lm, text, args.window_tokens, args.windows)
 
@@ -98,8 +100,6 @@ def _check_out(path: Path) -> None:
 
 
 def _mesh(spec: str | None) -> Any:
-    import jaxllm
-
     return None if spec is None else jaxllm.make_mesh(**_counts("--mesh", spec, ("data", "model"), int))
 
 
@@ -125,10 +125,6 @@ def _fraction_or_count(value: str) -> int | float:
 
 def _quickstart(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
-    import jaxllm
-    from jaxllm import report
-    from jaxllm.generate import choose_max_len
-    from jaxllm.measure import Workload
 
     work = Workload(rounds=args.rounds, max_len=256)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -154,10 +150,6 @@ def _quickstart(args: argparse.Namespace) -> dict[str, Any]:
 
 def _print_report(result: Any, out: Path) -> None:
     """Table to stdout, plot and JSON to `out`."""
-    from rich.console import Console
-
-    from jaxllm import report
-
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(report.table(result))
     report.plot(result, out / "report.png")
@@ -166,12 +158,6 @@ def _print_report(result: Any, out: Path) -> None:
 
 
 def _optimize(args: argparse.Namespace) -> dict[str, Any]:
-    import jaxllm
-    from jaxllm import params, report
-    from jaxllm.generate import choose_max_len
-    from jaxllm.measure import Workload
-    from jaxllm.transforms.compact import kept_counts
-
     _check_out(args.out)
     needs = {
         "prune": ("sparsity", "scope", "prune_match"),
@@ -238,8 +224,6 @@ def _chat_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
 
 def _model_for(args: argparse.Namespace) -> tuple[Any, Any]:
     """The model and the mesh; arguments that cannot work are refused first."""
-    import jaxllm
-
     jaxllm.Sampling(**{name: getattr(args, name) for name in SAMPLING})
     if args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {args.max_new_tokens}; expected a positive integer.")
@@ -250,8 +234,6 @@ def _model_for(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _compile(args: argparse.Namespace, lm: Any, mesh: Any, batch: int) -> Any:
-    import jaxllm
-
     _log("compiling")
     return jaxllm.compile(lm, batch=batch, max_len=args.max_len, mesh=mesh)
 
@@ -265,8 +247,6 @@ def _messages(args: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def _generate(args: argparse.Namespace) -> dict[str, Any]:
-    from jaxllm.generate import choose_max_len, encode_prompts
-
     if args.system is not None and not args.chat:
         raise ValueError("--system is part of a chat; add --chat.")
     texts = args.prompt or [sys.stdin.read().removesuffix("\n")]
@@ -323,8 +303,6 @@ def _chat(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _eval(args: argparse.Namespace) -> dict[str, Any]:
-    import jaxllm
-
     lm = _load(args.model, args.dtype)
     reference = lm if args.reference is None else _load(args.reference, args.dtype)
     tokens = _windows(args, lm)
@@ -339,11 +317,7 @@ def _eval(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _bench(args: argparse.Namespace) -> dict[str, Any]:
-    import jaxllm
-    from jaxllm import measure, report
-    from jaxllm.generate import choose_max_len
-
-    work = measure.Workload(args.prompt_tokens, args.new_tokens, args.rounds, args.batch, args.max_len)
+    work = Workload(args.prompt_tokens, args.new_tokens, args.rounds, args.batch, args.max_len)
     mesh = _mesh(args.mesh)
     models = {name: _load(name, args.dtype) for name in dict.fromkeys(args.model)}
     for lm in models.values():
@@ -364,10 +338,6 @@ def _bench(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _info(args: argparse.Namespace) -> dict[str, Any]:
-    from rich.console import Console
-
-    from jaxllm import report
-
     lm = _load(args.model, args.dtype)
     weights = report.weight_groups(lm)
     ledger = [dataclasses.asdict(entry) for entry in lm.ledger]
@@ -380,8 +350,6 @@ def _info(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(args: argparse.Namespace) -> dict[str, Any]:
-    import jaxllm
-
     _check_out(args.out)
     lm = _load(args.model, args.dtype)
     jaxllm.export_hf(lm, args.out)
