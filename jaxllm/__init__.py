@@ -8,8 +8,8 @@ from jaxllm.lm import LM, Entry, Transform, chain, init, logits
 from jaxllm.sample import Sampling
 from jaxllm.shard import make_mesh
 from jaxllm.transforms.compact import compact
-from jaxllm.transforms.prune import prune_magnitude
-from jaxllm.transforms.quantize import quantize_int8
+from jaxllm.transforms.prune import prune
+from jaxllm.transforms.quantize import quantize, quantize_kv
 
 __all__ = [
     "LM",
@@ -32,8 +32,9 @@ __all__ = [
     "logits",
     "make_mesh",
     "perplexity",
-    "prune_magnitude",
-    "quantize_int8",
+    "prune",
+    "quantize",
+    "quantize_kv",
     "save",
     "token_windows",
 ]

@@ -12,20 +12,28 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-INT8_MAX = 127  # symmetric: -128 is unused
+INT8_MAX = 127  # of rounded activations: symmetric, -128 is unused
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QArray:
-    """Symmetric int8 weight: w ≈ values * scale.
+    """A quantised weight: w ≈ (values - zero_point) * scale, group by group.
 
-    values: int8 in [-127, 127], the float weight's shape. First field: Linen checks its shape.
-    scale: float32 > 0, same rank, size 1 on contracted axes.
+    values: int8, int4 or float8_e4m3fn, the float weight's shape. First field: Linen checks its shape.
+    scale: float > 0, [n..., G]: the kept axes, then a scale for each of G equal groups of the contracted axes taken as
+        one. G = 1 is per output channel.
+    zero_point: int8 like scale, what zero is stored as; None for 0.
+    x_scale: float32 [], the step of activations that are rounded to int8 as well; None where it is not fixed.
+    int8_inputs: whether activations are rounded to int8, so that the contraction is int8 x int8. Without x_scale each
+        token has a step of its own.
     """
 
     values: jax.Array
     scale: jax.Array
+    zero_point: jax.Array | None = None
+    x_scale: jax.Array | None = None
+    int8_inputs: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,36 +44,47 @@ class QArray:
         return self.values.size
 
     @property
+    def contracted(self) -> int:
+        """How many of the last axes are contracted."""
+        return self.values.ndim - self.scale.ndim + 1
+
+    @property
+    def groups(self) -> int:
+        return self.scale.shape[-1]
+
+    @property
     def nbytes(self) -> int:
-        return self.values.nbytes + self.scale.nbytes
+        """Of all parts, an int4 being half a byte, as on a TPU and in files. XLA on CPU gives it a whole one."""
+        bits = 4 if self.values.dtype == jnp.int4 else 8
+        rest = [part for part in (self.scale, self.zero_point, self.x_scale) if part is not None]
+        return -(-self.size * bits // 8) + sum(part.nbytes for part in rest)
 
 
 Weight = jax.Array | QArray
 
 
-def quantize(w: jax.Array, contracted: int) -> QArray:
-    """Rounds to the nearest of 255 levels, one scale for each output channel.
-
-    w: float weight whose last `contracted` axes are summed over when it is applied.
-    |w - dequantize(quantize(w))| <= scale / 2, and zeros stay zeros.
-    """
-    w = w.astype(jnp.float32)
-    axes = tuple(range(w.ndim - contracted, w.ndim))
-    absmax = jnp.max(jnp.abs(w), axis=axes, keepdims=True)
-    scale = jnp.where(absmax > 0, absmax / INT8_MAX, 1.0)
-    return QArray(jnp.round(w / scale).astype(jnp.int8), scale)
-
-
 def dequantize(w: Weight) -> jax.Array:
     """The float32 weight that a QArray stands for; a float weight as it is."""
-    return w.values.astype(jnp.float32) * w.scale if isinstance(w, QArray) else w
+    if not isinstance(w, QArray):
+        return w
+    kept = w.shape[: w.scale.ndim - 1]
+    return _dequantize(w.values.reshape(*kept, w.groups, -1), w.scale, w.zero_point).reshape(w.shape)
+
+
+def _dequantize(values_nGg: jax.Array, scale_nG: jax.Array, zero_point_nG: jax.Array | None) -> jax.Array:
+    values_nGg = values_nGg.astype(jnp.float32)
+    if zero_point_nG is not None:
+        values_nGg -= zero_point_nG[..., None].astype(jnp.float32)
+    return values_nGg * scale_nG[..., None].astype(jnp.float32)
 
 
 def take(w: Weight, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Looks up rows of an embedding [V, D]: [..., D] in `dtype`."""
     if isinstance(w, QArray):
         # Rows first: a dequantised table would be a float copy of the whole weight.
-        return (w.values[rows].astype(jnp.float32) * w.scale[rows]).astype(dtype)
+        zero_point = None if w.zero_point is None else w.zero_point[rows]
+        values = w.values[rows].reshape(*rows.shape, w.groups, -1)
+        return _dequantize(values, w.scale[rows], zero_point).reshape(*rows.shape, -1).astype(dtype)
     return w[rows].astype(dtype)
 
 
@@ -106,13 +125,59 @@ def num_contracted(eqn: str) -> int:
 
 def _contract(contracted: int, x: jax.Array, w: Weight) -> jax.Array:
     """[b..., K...] and [n..., K...] to float32 [b..., n...]. A TPU's matmul takes the int8 values as they are."""
-    values = w.values.astype(x.dtype) if isinstance(w, QArray) else w
-    axes = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(values.ndim - contracted, values.ndim))
-    y = lax.dot_general(x, values, (axes, ((), ())), preferred_element_type=jnp.float32)
     if not isinstance(w, QArray):
-        return y
-    batch = x.ndim - contracted
-    return y * w.scale.reshape((1,) * batch + w.shape[: len(w.shape) - contracted])
+        axes = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(w.ndim - contracted, w.ndim))
+        return lax.dot_general(x, w, (axes, ((), ())), preferred_element_type=jnp.float32)
+    batch, kept = x.shape[: x.ndim - contracted], w.shape[: len(w.shape) - contracted]
+    x_MK, flat = x.reshape(math.prod(batch), -1), _flat(w)
+    if w.int8_inputs:
+        return _int8_dot(x_MK, flat).reshape(*batch, *kept)
+    if w.groups == 1:
+        y_MN = _dot(x_MK, flat.values.astype(x.dtype)) * _row(flat.scale)
+        return _shift(y_MN, x_MK, flat).reshape(*batch, *kept)
+    # The scale multiplies each group's partial sum: scaling the weight would write a float copy of it.
+    x_GMg = x_MK.reshape(x_MK.shape[0], w.groups, -1).transpose(1, 0, 2)
+    values_NGg = flat.values.reshape(flat.shape[0], w.groups, -1).astype(x.dtype)
+    y_GMN = lax.dot_general(x_GMg, values_NGg, (((2,), (2,)), ((0,), (1,))), preferred_element_type=jnp.float32)
+    y_MN = jnp.einsum("GMN,NG->MN", y_GMN, flat.scale.astype(jnp.float32))
+    return _shift(y_MN, x_MK, flat).reshape(*batch, *kept)
+
+
+def _flat(w: QArray) -> QArray:
+    """The same weight as [N, K]."""
+    rows = math.prod(w.scale.shape[:-1])
+    parts = (None if part is None else part.reshape(rows, -1) for part in (w.values, w.scale, w.zero_point))
+    return QArray(*parts, w.x_scale, w.int8_inputs)  # pyright: ignore[reportArgumentType]
+
+
+def _row(scale_N1: jax.Array) -> jax.Array:
+    return scale_N1.reshape(1, -1).astype(jnp.float32)
+
+
+def _shift(y_MN: jax.Array, x_MK: jax.Array, w: QArray) -> jax.Array:
+    """Takes the zero points' part out of a contraction with the values alone."""
+    if w.zero_point is None:
+        return y_MN
+    sums_MG = jnp.sum(x_MK.reshape(x_MK.shape[0], w.groups, -1).astype(jnp.float32), axis=-1)
+    return y_MN - _dot(sums_MG, w.zero_point.astype(jnp.float32) * w.scale.astype(jnp.float32))
+
+
+def _dot(x_MK: jax.Array, w_NK: jax.Array, out: type = jnp.float32) -> jax.Array:
+    return lax.dot_general(x_MK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=out)
+
+
+def _int8_dot(x_MK: jax.Array, w: QArray) -> jax.Array:
+    """x, rounded to int8, times the values, in integers; one scale a channel."""
+    x_MK = x_MK.astype(jnp.float32)
+    step = _step(x_MK) if w.x_scale is None else w.x_scale.reshape(1, 1)
+    rounded_MK = jnp.clip(jnp.round(x_MK / step), -INT8_MAX, INT8_MAX).astype(jnp.int8)
+    y_MN = _dot(rounded_MK, w.values.astype(jnp.int8), jnp.int32).astype(jnp.float32) * _row(w.scale)
+    return _shift(y_MN, rounded_MK, w) * step
+
+
+def _step(x_MK: jax.Array) -> jax.Array:
+    absmax_M1 = jnp.max(jnp.abs(x_MK), axis=1, keepdims=True)
+    return jnp.where(absmax_M1 > 0, absmax_M1 / INT8_MAX, 1.0)
 
 
 # XLA on CPU has fast kernels for float32 and, from two rows on, for bfloat16 and for int8 x int8. Everything else falls
@@ -127,9 +192,7 @@ def _contract_cpu(contracted: int, x: jax.Array, w: Weight) -> jax.Array:
     batch = x.shape[: x.ndim - contracted]
     x_MK = x.reshape(math.prod(batch), -1)
     if isinstance(w, QArray):
-        w_NK = w.values.reshape(math.prod(kept), -1)
-        contract = _split_dot if x_MK.shape[0] <= _SPLIT_MAX_ROWS else _blocked_dot
-        y_MN = contract(x_MK.astype(jnp.float32), w_NK) * w.scale.reshape(1, -1)
+        y_MN = _contract_quantised_cpu(x_MK.astype(jnp.float32), _flat(w))
     elif x.dtype != jnp.float32 and x_MK.shape[0] == 1:
         y_MN = _dot(jnp.concatenate([x_MK, x_MK]), w.reshape(math.prod(kept), -1))[:1]
     else:
@@ -137,8 +200,13 @@ def _contract_cpu(contracted: int, x: jax.Array, w: Weight) -> jax.Array:
     return y_MN.reshape(*batch, *kept)
 
 
-def _dot(x_MK: jax.Array, w_NK: jax.Array, out: type = jnp.float32) -> jax.Array:
-    return lax.dot_general(x_MK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=out)
+def _contract_quantised_cpu(x_MK: jax.Array, w: QArray) -> jax.Array:
+    rows = x_MK.shape[0]
+    if w.int8_inputs:
+        return _int8_dot(jnp.concatenate([x_MK, x_MK]) if rows == 1 else x_MK, w)[:rows]
+    if w.groups > 1 or w.values.dtype == jnp.float8_e4m3fn or rows > _SPLIT_MAX_ROWS:
+        return _blocked_dot(x_MK, w)
+    return _shift(_split_dot(x_MK, w.values.astype(jnp.int8)) * _row(w.scale), x_MK, w)
 
 
 def _split_dot(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
@@ -147,8 +215,7 @@ def _split_dot(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
     `low` is what rounding to `high` lost, so x keeps 16 bits (relative error 2e-5 of its largest element), and the
     weight is still read once: the kernel wants at least two rows anyway.
     """
-    absmax_M1 = jnp.max(jnp.abs(x_MK), axis=1, keepdims=True)
-    step_M1 = jnp.where(absmax_M1 > 0, absmax_M1 / INT8_MAX, 1.0)
+    step_M1 = _step(x_MK)
     scaled_MK = x_MK / step_M1
     high_MK = jnp.round(scaled_MK)
     low_MK = jnp.round((scaled_MK - high_MK) * (2 * INT8_MAX))
@@ -157,18 +224,23 @@ def _split_dot(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
     return (high_MN + low_MN / (2 * INT8_MAX)) * step_M1
 
 
-def _blocked_dot(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
-    """float32 x times int8 w, a block of w's rows at a time, so that no float copy of the whole weight exists."""
-    size = -(-w_NK.shape[0] // _BLOCKS)
-    blocks = [w_NK[start : start + size] for start in range(0, w_NK.shape[0], size)]
-    return jnp.concatenate([_dot(x_MK, block.astype(jnp.float32)) for block in blocks], axis=1)
+def _blocked_dot(x_MK: jax.Array, w: QArray) -> jax.Array:
+    """float32 x times w, a block of w's rows at a time, so that no float copy of the whole weight exists."""
+    size = -(-w.shape[0] // _BLOCKS)
+
+    def rows(start: int) -> QArray:
+        parts = (None if part is None else part[start : start + size] for part in (w.values, w.scale, w.zero_point))
+        return QArray(*parts)  # pyright: ignore[reportArgumentType]
+
+    blocks = [_dot(x_MK, dequantize(rows(start))) for start in range(0, w.shape[0], size)]
+    return jnp.concatenate(blocks, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tap:
     """A weight that shows whoever made it what it is applied to; see `calibrate`."""
 
-    weight: jax.Array
+    weight: Weight
     record: Callable[[jax.Array, jax.Array], None]  # called with x and the float32 result, while tracing
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 DTYPES = ("float32", "bfloat16", "float16")
+WIDTHS = ("num_heads", "num_kv_heads", "ffw_dim")  # the fields that may differ from layer to layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,17 +37,18 @@ class LinearRope:
 class ModelConfig:
     """The shape of a decoder of the Llama family, and the type it computes in.
 
-    dtype is that of activations and of unquantised weights. `max_len` is the longest context, in tokens, that the
-    model was trained for; `sliding_window` the number of positions that attention looks back on, None for all.
+    dtype is that of activations and of unquantised weights, kv_dtype that of the KV cache: None for dtype, or "int8".
+    `max_len` is the longest context, in tokens, that the model was trained for; `sliding_window` the number of
+    positions that attention looks back on, None for all. Widths are one number, or a tuple of one for each layer.
     """
 
     vocab_size: int
     embed_dim: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    num_heads: int | tuple[int, ...]
+    num_kv_heads: int | tuple[int, ...]
     head_dim: int
-    ffw_dim: int
+    ffw_dim: int | tuple[int, ...]
     max_len: int
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -55,28 +58,48 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     dtype: str = "float32"
+    kv_dtype: str | None = None
 
     def __post_init__(self):
-        sizes = ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffw_dim", "max_len")
-        for name in sizes:
+        for name in ("vocab_size", "embed_dim", "num_layers", "head_dim", "max_len", *WIDTHS):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+            values = value if name in WIDTHS and isinstance(value, tuple) else (value,)
+            if any(not isinstance(v, int) or isinstance(v, bool) or not 0 < v < 2**31 for v in values):
                 raise ValueError(f"{name} is {value!r}; expected a positive integer.")
+        for name in WIDTHS:
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                if len(value) != self.num_layers:
+                    raise ValueError(f"{name} has {len(value)} widths; the model has {self.num_layers} layers.")
+                if len(set(value)) == 1:  # one way to write a model
+                    object.__setattr__(self, name, value[0])
         for name in ("norm_eps", "rope_theta"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}; expected a positive number.")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
-                "grouped-query attention gives every KV head the same number of query heads."
-            )
+        for heads, kv_heads in zip(self.widths("num_heads"), self.widths("num_kv_heads"), strict=True):
+            if heads % kv_heads:
+                raise ValueError(
+                    f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}; "
+                    "grouped-query attention gives every KV head the same number of query heads."
+                )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding turns pairs.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}.")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"sliding_window is {self.sliding_window}; expected a positive number of tokens or None.")
+        if self.kv_dtype not in (None, "int8"):
+            raise ValueError(f'kv_dtype is {self.kv_dtype!r}; expected None, for dtype, or "int8".')
+
+    def widths(self, name: str) -> tuple[int, ...]:
+        """Of each layer; name: "num_heads", "num_kv_heads" or "ffw_dim"."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * self.num_layers
+
+    def layer(self, i: int) -> ModelConfig:
+        """The model of layer i alone. Layers of one shape give equal configs, and so share a compiled program."""
+        return _layer(self, i)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelConfig:
@@ -87,7 +110,16 @@ class ModelConfig:
         values = dict(values)
         if scaling := values.get("rope_scaling"):
             values["rope_scaling"] = (Llama3Rope if "original_max_len" in scaling else LinearRope)(**scaling)
+        for name in WIDTHS:
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         return cls(**values)
+
+
+@functools.lru_cache(maxsize=4096)
+def _layer(cfg: ModelConfig, i: int) -> ModelConfig:
+    widths = {name: cfg.widths(name)[i] for name in WIDTHS}
+    return dataclasses.replace(cfg, num_layers=1, **widths)
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -160,8 +192,11 @@ def _rope_scaling(rope: Mapping[str, Any]) -> Llama3Rope | LinearRope | None:
 def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     """The `config.json` that makes transformers build this model.
 
-    Raises ValueError when no single Hugging Face architecture has the model's combination of features.
+    Raises ValueError when no single Hugging Face architecture has the model's combination of features, or layers
+    differ in width.
     """
+    if uneven := [name for name in WIDTHS if isinstance(getattr(cfg, name), tuple)]:
+        raise ValueError(f"The layers differ in {', '.join(uneven)}; a Hugging Face config has one width for all.")
     features = (cfg.qkv_bias, cfg.qk_norm, cfg.sliding_window is not None)
     by_features = {
         (False, False, False): "Llama",

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxllm import shard
+from jaxllm.cache import init_cache
 from jaxllm.compile import Programs, compile_programs
 from jaxllm.config import ModelConfig
 from jaxllm.lm import LM, check_tokens
@@ -173,8 +173,9 @@ class Engine:
 
         looked_up = 0 if self.cfg.tie_embeddings else nbytes(self.params["embed"])
         devices = 1 if self.mesh is None else self.mesh.size
-        kv = 2 * self.cfg.num_layers * self.cfg.num_kv_heads * self.cfg.head_dim * jnp.dtype(self.cfg.dtype).itemsize
-        return nbytes(self.params) - looked_up + kv * self.programs.batch * self.programs.slots // devices
+        cache = jax.eval_shape(lambda: init_cache(self.cfg, self.programs.batch, self.programs.slots))
+        kv = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+        return nbytes(self.params) - looked_up + kv // devices
 
 
 @dataclasses.dataclass

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import ModelConfig
-from jaxllm.models.decoder import Decoder
+from jaxllm.models.decoder import Block, Decoder
+from jaxllm.models.layers import Embed
 from jaxllm.params import Boxed, ParamInfo, Params, flatten
 
 if TYPE_CHECKING:
@@ -74,17 +75,19 @@ def chain(*transforms: Transform) -> Transform:
     return lambda lm: functools.reduce(lambda model, transform: transform(model), transforms, lm)
 
 
-# A transform may follow those of its own stage and of earlier ones.
-_STAGES = {"load": 0, "init": 0, "prune_magnitude": 1, "compact": 1, "quantize_int8": 2}
+# A transform may follow those of its own stage and of earlier ones; None: any.
+_STAGES = {"load": 0, "init": 0, "compact": 1, "prune": 1, "quantize": 2, "quantize_kv": None}
 
 
 def require_order(lm: LM, name: str) -> None:
     """Raises ValueError when transform `name` may not follow what the ledger holds."""
     if unknown := [entry.name for entry in lm.ledger if entry.name not in _STAGES]:
         raise ValueError(f"The ledger has {unknown[0]!r}, which this version does not know; known: {[*_STAGES]}.")
-    late = [entry.name for entry in lm.ledger if _STAGES[entry.name] > _STAGES[name]]
-    if late:
-        before = [other for other, stage in _STAGES.items() if 0 < stage <= _STAGES[name]]
+    stage = _STAGES[name]
+    if stage is None:
+        return
+    if late := [entry.name for entry in lm.ledger if (_STAGES[entry.name] or 0) > stage]:
+        before = [other for other, at in _STAGES.items() if at and at <= stage]
         raise ValueError(
             f"{name} cannot follow {late[0]}: it needs float weights. "
             f"Do {', '.join(before)} first and {late[0]} last, from the original checkpoint."
@@ -115,15 +118,19 @@ def param_info(cfg: ModelConfig) -> dict[str, ParamInfo]:
 
 
 def _abstract_boxed(cfg: ModelConfig) -> dict[str, Boxed]:
-    """By path, in the order of the model. One layer is traced and stands for all: tracing is slow."""
+    """By path, in the order of the model. One layer of each shape is traced: tracing is slow."""
+    out = {"embed/w": _abstract_one_layer(cfg.layer(0))["embed/w"]}
+    for i in range(cfg.num_layers):
+        layer = _abstract_one_layer(cfg.layer(i)).items()
+        out |= {path.replace("_0/", f"_{i}/", 1): leaf for path, leaf in layer if path.startswith("layers_0/")}
+    ends = _abstract_one_layer(cfg.layer(0)).items()
+    return out | {path: leaf for path, leaf in ends if not path.startswith("layers_")}
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_one_layer(cfg: ModelConfig) -> dict[str, Boxed]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    one = dataclasses.replace(cfg, num_layers=1)
-    flat = flatten(jax.eval_shape(Decoder(one).init, jax.random.key(0), tokens, tokens)["params"])
-    layer = {path: flat.pop(path) for path in list(flat) if path.startswith("layers_0/")}
-    layers = {
-        path.replace("layers_0/", f"layers_{i}/"): leaf for i in range(cfg.num_layers) for path, leaf in layer.items()
-    }
-    return {"embed/w": flat.pop("embed/w")} | layers | flat
+    return flatten(jax.eval_shape(Decoder(cfg).init, jax.random.key(0), tokens, tokens)["params"])
 
 
 def _unbox(params: Params) -> Params:
@@ -136,15 +143,45 @@ def forward(cfg: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array
     return Decoder(cfg).apply({"params": params}, tokens_BT, positions_BT)[0]
 
 
-_forward = jax.jit(forward, static_argnums=0)
-
-
 def logits(lm: LM, tokens_BT: Any) -> jax.Array:
     """What the model predicts after each token.
 
-    tokens_BT: integers in [0, V), [B, T]. Returns float32 [B, T, V]. Compiled once for each shape.
+    tokens_BT: integers in [0, V), [B, T]. Returns float32 [B, T, V]. The layers run one by one, those of one shape and
+    precision by one compiled program: quick to compile, however many models are compared.
     """
-    return _forward(lm.cfg, lm.params, jnp.asarray(check_tokens(lm.cfg, tokens_BT)))
+    x_BTD = embed_tokens(lm.cfg.layer(0), lm.params["embed"], jnp.asarray(check_tokens(lm.cfg, tokens_BT)))
+    for i in range(lm.cfg.num_layers):
+        x_BTD = run_layer(lm.cfg.layer(i), lm.params[f"layers_{i}"], x_BTD)
+    return predict(lm.cfg.layer(0), ends(lm.params), x_BTD)
+
+
+def ends(params: Params) -> Params:
+    """What is not a layer: embedding, final norm and head."""
+    return {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed_tokens(cfg: ModelConfig, embed: Params, tokens_BT: jax.Array) -> jax.Array:
+    """The residual stream [B, T, D] before the first layer. Of cfg, only what layers share is looked at."""
+    return Embed(cfg.vocab_size, cfg.embed_dim, cfg.dtype).apply({"params": embed}, tokens_BT)  # pyright: ignore
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_layer(cfg: ModelConfig, layer: Params, x_BTD: jax.Array) -> jax.Array:
+    """The residual stream after one layer, of whole sequences from position 0. cfg: `ModelConfig.layer` of it."""
+    return apply_layer(cfg, layer, x_BTD)
+
+
+def apply_layer(cfg: ModelConfig, layer: Params, x_BTD: jax.Array) -> jax.Array:
+    """`run_layer`, to be traced."""
+    positions_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+    return Block(cfg).apply({"params": layer}, x_BTD, positions_BT, None)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def predict(cfg: ModelConfig, ends: Params, x_BTD: jax.Array) -> jax.Array:
+    """Float32 logits [B, T, V] from the residual stream after the last layer."""
+    return Decoder(cfg).apply({"params": ends}, x_BTD, method="predict")  # pyright: ignore[reportReturnType]
 
 
 def check_tokens(cfg: ModelConfig, tokens: Any) -> np.ndarray:

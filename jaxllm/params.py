@@ -85,6 +85,23 @@ def select(info: Mapping[str, ParamInfo], match: str) -> list[str]:
     return found
 
 
+def assign(rules: Mapping[str, Any], info: Mapping[str, ParamInfo]) -> dict[str, Any]:
+    """{path: value} of the matmul weights, in the model's order, by rules of which the first that matches holds.
+
+    rules: {regular expression for whole weight paths: value, None to leave the weight alone and out of the result}.
+    Raises ValueError for an expression that matches no weight, or only weights that earlier rules took.
+    """
+    out: dict[str, Any] = {}
+    for pattern, value in rules.items():
+        new = [path for path in select(info, pattern) if path not in out]
+        if not new:
+            raise ValueError(f"The rule {pattern!r} is never used: earlier rules match all of its weights.")
+        out |= dict.fromkeys(new, value)
+    if all(value is None for value in out.values()):
+        raise ValueError(f"The rules {[*rules]} leave every weight alone.")
+    return {path: out[path] for path in info if out.get(path) is not None}
+
+
 def map_weights(fn: Callable[[str, Weight], Weight], params: Params, paths: Iterable[str]) -> dict[str, Any]:
     """Replaces the leaves at `paths` by fn(path, leaf)."""
     flat = flatten(params)

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxllm.arrays import QArray
-from jaxllm.cache import KVCache
-from jaxllm.config import ModelConfig
+from jaxllm.cache import KVCache, init_cache
+from jaxllm.config import WIDTHS, ModelConfig
 from jaxllm.lm import param_info
 from jaxllm.params import Params, flatten, unflatten
 
@@ -55,9 +55,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh, batch: int) -> None:
     sizes = {
         "batch": batch,
         "vocab_size": cfg.vocab_size,
-        "num_heads": cfg.num_heads,
-        "num_kv_heads": cfg.num_kv_heads,
-        "ffw_dim": cfg.ffw_dim,
+        **{name: math.gcd(*cfg.widths(name)) for name in WIDTHS},
     }
     data, model = mesh.shape["data"], mesh.shape["model"]
     for name, size in sizes.items():
@@ -71,7 +69,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh, batch: int) -> None:
 
 
 def param_shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
-    """A NamedSharding for each array of `params`: a QArray's scale is sharded as its values, where it has extent."""
+    """A NamedSharding for each array of `params`. A QArray's scales lie with their values where the mesh divides them."""
     info = param_info(cfg)
 
     def shard(path: str, leaf: jax.Array | QArray):
@@ -79,8 +77,17 @@ def param_shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
         values = NamedSharding(mesh, P(*axes))
         if not isinstance(leaf, QArray):
             return values
-        scale = P(*(axis if size > 1 else None for axis, size in zip(axes, leaf.scale.shape, strict=True)))
-        return QArray(values, NamedSharding(mesh, scale))  # pyright: ignore[reportArgumentType]
+        kept, first = leaf.scale.ndim - 1, axes[leaf.scale.ndim - 1]
+        group = first if first is not None and leaf.groups % mesh.shape[first] == 0 else None
+        scale = NamedSharding(mesh, P(*axes[:kept], group))
+        whole = NamedSharding(mesh, P())
+        return QArray(
+            values,  # pyright: ignore[reportArgumentType]
+            scale,  # pyright: ignore[reportArgumentType]
+            None if leaf.zero_point is None else scale,  # pyright: ignore[reportArgumentType]
+            None if leaf.x_scale is None else whole,  # pyright: ignore[reportArgumentType]
+            leaf.int8_inputs,
+        )
 
     return unflatten({path: shard(path, leaf) for path, leaf in flatten(params).items()})
 
@@ -93,4 +100,5 @@ def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
 def cache_shardings(cfg: ModelConfig, mesh: Mesh) -> KVCache:
     k = NamedSharding(mesh, P(RULES["batch"], RULES["kv_heads"], RULES["head_dim"], None))
     v = NamedSharding(mesh, P(RULES["batch"], RULES["kv_heads"], None, RULES["head_dim"]))
-    return KVCache((k,) * cfg.num_layers, (v,) * cfg.num_layers)  # pyright: ignore[reportArgumentType]
+    abstract = jax.eval_shape(lambda: init_cache(cfg, 1, 1))
+    return KVCache(jax.tree.map(lambda _: k, abstract.k), jax.tree.map(lambda _: v, abstract.v))

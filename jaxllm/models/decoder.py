@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxllm import cache as kv
-from jaxllm.cache import KVCache
+from jaxllm.cache import Entries, KVCache
 from jaxllm.config import ModelConfig
 from jaxllm.models.layers import Einsum, Embed, RMSNorm, attend, rope, rope_frequencies
 
-LayerCache = tuple[jax.Array, jax.Array]  # k [B, K, H, S] and v [B, K, S, H]
+LayerCache = tuple[Entries, Entries]  # k [B, K, H, S] and v [B, K, S, H]
 
 
 class Attention(nn.Module):
@@ -24,8 +24,8 @@ class Attention(nn.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
         c = self.cfg
-        D, N, K, H = c.embed_dim, c.num_heads, c.num_kv_heads, c.head_dim
-
+        D, H = c.embed_dim, c.head_dim
+        (N,), (K,) = c.widths("num_heads"), c.widths("num_kv_heads")
         q_axes, kv_axes = ("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
         q_BTNH = Einsum("BTD,NHD->BTNH", (N, H, D), q_axes, c.dtype, c.qkv_bias, name="q")(x_BTD)
         k_BTKH = Einsum("BTD,KHD->BTKH", (K, H, D), kv_axes, c.dtype, c.qkv_bias, name="k")(x_BTD)
@@ -35,6 +35,8 @@ class Attention(nn.Module):
             k_BTKH = RMSNorm("head_dim", c.norm_eps, c.dtype, name="k_norm")(k_BTKH)
         freq = rope_frequencies(H, c.rope_theta, c.rope_scaling)
         q_BTNH, k_BTKH = rope(q_BTNH, positions_BT, freq), rope(k_BTKH, positions_BT, freq)
+        if c.kv_dtype == "int8":  # this call's as well, so that a token's answer does not depend on how calls are cut
+            k_BTKH, v_BTKH = kv.round_int8(k_BTKH), kv.round_int8(v_BTKH)
 
         y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, cache, c.sliding_window)
         if cache is not None:
@@ -50,13 +52,16 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        D, F, dtype = self.cfg.embed_dim, self.cfg.ffw_dim, self.cfg.dtype
+        D, dtype = self.cfg.embed_dim, self.cfg.dtype
+        (F,) = self.cfg.widths("ffw_dim")
         gate_BTF = Einsum("BTD,FD->BTF", (F, D), ("ffw", "embed"), dtype, name="gate")(x_BTD)
         up_BTF = Einsum("BTD,FD->BTF", (F, D), ("ffw", "embed"), dtype, name="up")(x_BTD)
         return Einsum("BTF,DF->BTD", (D, F), ("embed", "ffw"), dtype, name="down")(nn.silu(gate_BTF) * up_BTF)
 
 
 class Block(nn.Module):
+    """One layer; cfg: of that layer alone."""
+
     cfg: ModelConfig
 
     @nn.compact
@@ -80,7 +85,15 @@ class Decoder(nn.Module):
     cfg: ModelConfig
     constrain: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
 
-    @nn.compact
+    def setup(self):
+        c = self.cfg
+        self.embed = Embed(c.vocab_size, c.embed_dim, c.dtype)
+        self.layers = [Block(c.layer(i)) for i in range(c.num_layers)]
+        self.final_norm = RMSNorm("embed", c.norm_eps, c.dtype)
+        if not c.tie_embeddings:
+            shape, axes = (c.vocab_size, c.embed_dim), ("vocab", "embed")
+            self.head = Einsum("BTD,VD->BTV", shape, axes, c.dtype, out_dtype="float32")
+
     def __call__(
         self,
         tokens_BT: jax.Array,
@@ -92,23 +105,20 @@ class Decoder(nn.Module):
 
         last_B: index into T of the one token of each row to give logits for: then they are [B, 1, V].
         """
-        c = self.cfg
-        embed = Embed(c.vocab_size, c.embed_dim, c.dtype, name="embed")
-        x_BTD = self.constrain(embed(tokens_BT))
+        x_BTD = self.constrain(self.embed(tokens_BT))
         caches: list[LayerCache] = []
-        for i in range(c.num_layers):
+        for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
                 layer_cache = None if cache is None else (cache.k[i], cache.v[i])
-                x_BTD, layer_cache = Block(c, name=f"layers_{i}")(x_BTD, positions_BT, layer_cache)
+                x_BTD, layer_cache = layer(x_BTD, positions_BT, layer_cache)
                 x_BTD = self.constrain(x_BTD)
             if layer_cache is not None:
                 caches.append(layer_cache)
-        x_BTD = RMSNorm("embed", c.norm_eps, c.dtype, name="final_norm")(x_BTD)
         if last_B is not None:
             x_BTD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
-        if c.tie_embeddings:
-            logits_BTV = embed.logits(x_BTD)
-        else:
-            shape, axes = (c.vocab_size, c.embed_dim), ("vocab", "embed")
-            logits_BTV = Einsum("BTD,VD->BTV", shape, axes, c.dtype, out_dtype="float32", name="head")(x_BTD)
-        return logits_BTV, None if cache is None else KVCache(*zip(*caches, strict=True))
+        return self.predict(x_BTD), None if cache is None else KVCache(*zip(*caches, strict=True))
+
+    def predict(self, x_BTD: jax.Array) -> jax.Array:
+        """Float32 logits [B, T, V] from what the last layer gave."""
+        x_BTD = self.final_norm(x_BTD)
+        return self.embed.logits(x_BTD) if self.cfg.tie_embeddings else self.head(x_BTD)

@@ -8,8 +8,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 
 from jaxllm import arrays
+from jaxllm.cache import Entries, Rounded, as_keys, as_values
 from jaxllm.config import LinearRope, Llama3Rope
 from jaxllm.params import boxed
 
@@ -104,10 +106,10 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, freq_h: jax.Array) -> jax.A
 
 def attend(
     q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    k_BTKH: Entries,
+    v_BTKH: Entries,
     positions_BT: jax.Array,
-    past: tuple[jax.Array, jax.Array] | None,
+    past: tuple[Entries, Entries] | None,
     window: int | None,
 ) -> jax.Array:
     """Causal grouped-query attention to this call's tokens and to those before them: [B, T, N, H]. Softmax in float32.
@@ -118,22 +120,23 @@ def attend(
     window: how many positions back a query looks, itself included; None for all.
     """
     B, T, N, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
+    K = jax.tree.leaves(k_BTKH)[0].shape[2]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     # Each part: keys, values, the positions they are of, and whether a query sees them, but for the window.
     causal_BTS = positions_BT[:, :, None] >= positions_BT[:, None]
-    parts = [(k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2), positions_BT, causal_BTS)]
+    parts = [(as_keys(k_BTKH), as_values(v_BTKH), positions_BT, causal_BTS)]
     if past is not None:
-        slots_BS = jnp.broadcast_to(jnp.arange(past[1].shape[2]), (B, past[1].shape[2]))
-        before_BTS = jnp.broadcast_to(slots_BS[:, None] < positions_BT[:, :1, None], (B, T, slots_BS.shape[1]))
+        slots = jax.tree.leaves(past[1])[0].shape[2]
+        slots_BS = jnp.broadcast_to(jnp.arange(slots), (B, slots))
+        before_BTS = jnp.broadcast_to(slots_BS[:, None] < positions_BT[:, :1, None], (B, T, slots))
         parts.append((*past, slots_BS, before_BTS))
 
     scores = []
     for k_BKHS, _, at_BS, seen_BTS in parts:
         if window is not None:
             seen_BTS &= positions_BT[:, :, None] - at_BS[:, None] < window
-        scores_BKGTS = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, k_BKHS, preferred_element_type=jnp.float32)
-        scores.append(jnp.where(seen_BTS[:, None, None], scores_BKGTS * H**-0.5, -jnp.inf))
+        scores_BKGTS = _score(q_BKGTH, k_BKHS) * H**-0.5
+        scores.append(jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf))
 
     # One softmax over all parts, each summed where it is: joining them would copy the past.
     highest = functools.reduce(jnp.maximum, (jnp.max(part, axis=-1, keepdims=True) for part in scores))
@@ -141,7 +144,22 @@ def attend(
     for scores_BKGTS, (_, v_BKSH, _, _) in zip(scores, parts, strict=True):
         weights = jnp.exp(scores_BKGTS - highest)
         total += jnp.sum(weights, axis=-1, keepdims=True)
-        weights = weights.astype(v_BKSH.dtype)
-        y_BKGTH += jnp.einsum("BKGTS,BKSH->BKGTH", weights, v_BKSH, preferred_element_type=jnp.float32)
+        y_BKGTH += _mix(weights, v_BKSH, q_BTNH.dtype)
     y_BKGTH = (y_BKGTH / total).astype(q_BTNH.dtype)
     return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def _score(q_BKGTH: jax.Array, k_BKHS: Entries) -> jax.Array:
+    """float32 q·k. The scales of int8 keys multiply the result, never the cache."""
+    keys = k_BKHS.values.astype(q_BKGTH.dtype) if isinstance(k_BKHS, Rounded) else k_BKHS
+    scores_BKGTS = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, keys, preferred_element_type=jnp.float32)
+    return scores_BKGTS * k_BKHS.scale[:, :, None] if isinstance(k_BKHS, Rounded) else scores_BKGTS
+
+
+def _mix(weights_BKGTS: jax.Array, v_BKSH: Entries, dtype: DTypeLike) -> jax.Array:
+    """float32 sums of values. The scales of int8 values multiply the weights."""
+    values = v_BKSH
+    if isinstance(v_BKSH, Rounded):
+        weights_BKGTS *= v_BKSH.scale.swapaxes(2, 3)[:, :, None]
+        values = v_BKSH.values.astype(dtype)
+    return jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(dtype), values, preferred_element_type=jnp.float32)

@@ -3,71 +3,110 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import re
+import functools
+import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.calibrate import input_mean_squares
-from jaxllm.config import ModelConfig
-from jaxllm.evaluate import calibration_text, score, token_windows
-from jaxllm.lm import LM, Transform, check_tokens, logits, record, require_order
+from jaxllm.arrays import Weight
+from jaxllm.calibrate import Inputs, calibration_tokens, describe
+from jaxllm.config import WIDTHS, ModelConfig
+from jaxllm.evaluate import score
+from jaxllm.lm import LM, Transform, embed_tokens, ends, logits, predict, record, require_order, run_layer
 from jaxllm.params import flatten, unflatten
+from jaxllm.transforms.layerwise import Layerwise, Leaves, Plan, Stage, joined, run, split
+
+_log = logging.getLogger(__name__)
 
 TILE = 128  # a TPU's matmul works on multiples of this; a width in between costs as much as the next one
 LAYER_WINDOWS = 1  # of the calibration text that layers are judged on; each costs a forward a layer and removal
-Keep = int | float | None
+_DAMPING = 0.01  # of the mean of the Hessian's diagonal: how much corrected weights stay near the old ones
+Keep = int | float | Sequence[int] | None
 
 
-def compact(ffn: Keep = None, kv_heads: Keep = None, layers: Keep = None, calibration: Any = None) -> Transform:
+def compact(
+    ffn: Keep = None, kv_heads: Keep = None, layers: Keep = None, correct: bool = True, calibration: Any = None
+) -> Transform:
     """Removes the FFN channels, KV heads (each with its query heads) and whole layers that matter least.
 
-    ffn, kv_heads, layers: what is kept: an int is a count, a float in (0, 1] a fraction; None keeps all. A fraction of
-        the FFN channels is rounded to a multiple of 128 where there are that many.
+    ffn, kv_heads: what each layer keeps: an int is a count, a float in (0, 1] a fraction, a sequence has a count for
+        each layer; None keeps all. A fraction of the FFN channels is rounded to a multiple of 128 where there are that
+        many.
+    layers: how many to keep, as a count or a fraction, or a sequence of those to keep.
+    correct: whether the weights that read a layer's remaining channels are fitted anew, by least squares on the
+        calibration text, to put out what all channels put out.
     calibration: integer ids [N, T] of the text that decides, T >= 2; by default the one that ships with the package.
         Layers are judged on its first window.
 
-    A channel's score is the root mean square of its activation times the norm of the weights that read it (the "down"
-    column); a KV head's is the same summed over its query heads and "o". A layer's is how far the predictions move (KL)
+    A channel's score is the part of the output that is lost with it: the mean square of its activation times the squared
+    norm of the weights that read it (the "down" column), or with `correct` what is lost after the others have made up
+    for it. A KV head's is the same summed over its query heads and "o". A layer's is how far the predictions move (KL)
     without it. Weights alone do not do: a few channels with small weights carry most of the signal.
 
     Raises ValueError for a count that is not there and for a model that is quantised already.
-    Sources: Sun et al. 2024 (Wanda: weight times activation); Men et al. 2024 (ShortGPT: whole layers).
+    Sources: Sun et al. 2024 (Wanda: weight times activation); Luo et al. 2017 (ThiNet: least squares on what is left);
+    Men et al. 2024 (ShortGPT: whole layers).
     """
     keep = {"ffn": ffn, "kv_heads": kv_heads, "layers": layers}
     if all(value is None for value in keep.values()):
         raise ValueError("compact was asked for nothing; give at least one of ffn, kv_heads and layers.")
+    given = {name: value if isinstance(value, int | float) or value is None else [*value] for name, value in keep.items()}
+    channels = Layerwise("compact", functools.partial(_plan, given, correct, calibration))
+    if layers is None:
+        return channels
 
     def transform(lm: LM) -> LM:
         require_order(lm, "compact")
-        counts = kept_counts(lm.cfg, ffn, kv_heads, layers)
-        tokens_NT = token_windows(lm, calibration_text()) if calibration is None else calibration
-        tokens_NT = check_tokens(lm.cfg, tokens_NT)
-        if tokens_NT.shape[1] < 2:
-            raise ValueError("Calibration windows of one token have nothing to predict; give at least two a window.")
-        small, kept_layers = _keep_layers(lm, counts["layers"], tokens_NT)
-        small = _keep_channels(small, counts["ffn"], counts["kv_heads"], tokens_NT)
-        digest = hashlib.sha256(tokens_NT.tobytes()).hexdigest()[:16]
-        calibrated = {"tokens": tokens_NT.size, "sha256": digest}
-        args = counts | {"kept_layers": kept_layers, "calibration": calibrated}
+        kept_counts(lm.cfg, ffn, kv_heads, layers)
+        tokens_NT = calibration_tokens(lm, calibration)
+        kept = [*layers] if isinstance(layers, Sequence) else _choose_layers(lm, kept_layers(lm.cfg, layers), tokens_NT)
+        small = keep_layers(lm, kept)
+        plan = dataclasses.replace(channels, plan=functools.partial(_plan, given, correct, tokens_NT)).prepare(small)
+        flat: dict[str, Weight] = {}
+        for group, leaves in run([Stage("compact", small.cfg, plan)], split(small.params)):
+            flat |= joined(group, leaves)
         touched = [path for path in flatten(lm.params) if path.startswith("layers_")]
-        return record(lm, "compact", args, touched, cfg=small.cfg, params=small.params)
+        args = {**plan.args, "layers": kept, "calibration": describe(tokens_NT)}
+        return record(lm, "compact", args, touched, cfg=plan.cfg, params=unflatten(flat))
 
     return transform
 
 
-def kept_counts(cfg: ModelConfig, ffn: Keep = None, kv_heads: Keep = None, layers: Keep = None) -> dict[str, int]:
+def kept_counts(cfg: ModelConfig, ffn: Keep = None, kv_heads: Keep = None, layers: Keep = None) -> dict[str, Any]:
     """What `compact` would keep of a model of this shape. Raises ValueError for a count that is not there."""
+    kept = kept_layers(cfg, layers)
+    number = kept if isinstance(kept, int) else len(kept)
+    rows = range(cfg.num_layers) if isinstance(kept, int) else kept
     return {
-        "ffn": _count("ffn", ffn, cfg.ffw_dim, TILE),
-        "kv_heads": _count("kv_heads", kv_heads, cfg.num_kv_heads),
-        "layers": _count("layers", layers, cfg.num_layers),
+        "ffn": _counts("ffn", ffn, [cfg.widths("ffw_dim")[i] for i in rows][:number], TILE),
+        "kv_heads": _counts("kv_heads", kv_heads, [cfg.widths("num_kv_heads")[i] for i in rows][:number]),
+        "layers": kept,
     }
 
 
-def _count(name: str, keep: Keep, have: int, tile: int = 1) -> int:
+def kept_layers(cfg: ModelConfig, layers: Keep) -> int | list[int]:
+    """How many layers stay, or which."""
+    if layers is None or isinstance(layers, int | float):
+        return _count("layers", layers, cfg.num_layers)
+    kept = [*layers]
+    if not kept or sorted(set(kept)) != kept or kept[0] < 0 or kept[-1] >= cfg.num_layers:
+        raise ValueError(f"layers={kept}: expected rising numbers from 0 to {cfg.num_layers - 1}.")
+    return kept
+
+
+def _counts(name: str, keep: Keep, have: Sequence[int], tile: int = 1) -> tuple[int, ...]:
+    if keep is None or isinstance(keep, int | float):
+        return tuple(_count(name, keep, width, tile) for width in have)
+    if len(keep) != len(have):
+        raise ValueError(f"{name} has {len(keep)} counts; there are {len(have)} layers.")
+    return tuple(_count(name, each, width, tile) for each, width in zip(keep, have, strict=True))
+
+
+def _count(name: str, keep: int | float | None, have: int, tile: int = 1) -> int:
     if keep is None:
         return have
     if isinstance(keep, float):
@@ -80,74 +119,123 @@ def _count(name: str, keep: Keep, have: int, tile: int = 1) -> int:
     return keep
 
 
-def _keep_layers(lm: LM, count: int, tokens_NT: np.ndarray) -> tuple[LM, list[int]]:
-    """The model with its `count` most needed layers, and which those are.
-
-    The layer whose absence moves the predictions least goes first, then the next one in what is left.
-    """
-    kept = list(range(lm.cfg.num_layers))
-    if count == lm.cfg.num_layers:
-        return lm, kept
-    flat = flatten(lm.params)
-    windows = tokens_NT[:, None][:LAYER_WINDOWS]
-    reference = [logits(lm, tokens_1T) for tokens_1T in windows]
-
-    def divergence(absent: list[int]) -> float:
-        """KL from the whole model with nothing from these layers added to the residual stream: one program for all."""
-        silent = [f"layers_{i}/{out}/w" for i in absent for out in ("attn/o", "mlp/down")]
-        params = unflatten(flat | {path: jnp.zeros_like(flat[path]) for path in silent})
-        without = dataclasses.replace(lm, params=params)
-        scores = [
-            score(logits(without, tokens_1T)[0], reference_1TV[0], tokens_1T[0])[1]
-            for tokens_1T, reference_1TV in zip(windows, reference, strict=True)
-        ]
-        total = float(sum(scores))
-        if not np.isfinite(total):
+def _choose_layers(lm: LM, kept: int | list[int], tokens_NT: np.ndarray) -> list[int]:
+    """The most needed layers: the one whose absence moves the predictions least goes first, then the next in what is left."""
+    assert isinstance(kept, int)
+    remaining = list(range(lm.cfg.num_layers))
+    windows = tokens_NT[:LAYER_WINDOWS]
+    reference = [logits(lm, tokens_T[None]) for tokens_T in windows] if kept < lm.cfg.num_layers else []
+    while len(remaining) > kept:
+        totals = dict.fromkeys(remaining, 0.0)
+        for tokens_T, reference_1TV in zip(windows, reference, strict=True):
+            for i, divergence in _divergence_without(lm, remaining, tokens_T, reference_1TV).items():
+                totals[i] += divergence
+        if not np.isfinite(list(totals.values())).all():
             raise ValueError("The model's predictions are not finite; layers cannot be compared.")
-        return total
-
-    absent: list[int] = []
-    while len(kept) > count:
-        gone = min(kept, key=lambda i: divergence([*absent, i]))
-        absent.append(gone)
-        kept.remove(gone)
-    renumber = {f"layers_{old}": f"layers_{new}" for new, old in enumerate(kept)}
-    params = {}
-    for path, leaf in flat.items():
-        top, _, rest = path.partition("/")
-        if top in renumber or not top.startswith("layers_"):
-            params[f"{renumber.get(top, top)}/{rest}"] = leaf
-    cfg = dataclasses.replace(lm.cfg, num_layers=count)
-    return dataclasses.replace(lm, cfg=cfg, params=unflatten(params)), kept
+        gone = min(remaining, key=totals.__getitem__)
+        remaining.remove(gone)
+        _log.info("compact: layer %d goes, %d stay; KL %.3f", gone, len(remaining), totals[gone] / tokens_NT.shape[1])
+    return remaining
 
 
-def _keep_channels(lm: LM, ffn: int, kv_heads: int, tokens_NT: np.ndarray) -> LM:
-    cfg = lm.cfg
-    if (ffn, kv_heads) == (cfg.ffw_dim, cfg.num_kv_heads):
-        return lm
-    flat = flatten(lm.params)
-    readers = [path for path in flat if re.fullmatch(r"layers_\d+/(mlp/down|attn/o)/w", path)]
-    energy = {}  # of what each input channel adds to the residual stream
-    for path, mean_square in input_mean_squares(lm, tokens_NT, readers).items():
-        energy[path] = mean_square * np.sum(np.square(np.asarray(flat[path], np.float64)), axis=0)
-    group = cfg.num_heads // cfg.num_kv_heads
-    params = {}
-    for path, leaf in flat.items():
-        layer = path.split("/")[0]
-        for axis, name in enumerate(lm.info[path].axes):
-            if name == "ffw" and layer.startswith("layers_"):
-                leaf = jnp.take(leaf, _best(energy[f"{layer}/mlp/down/w"], ffn), axis)
-            elif name in ("heads", "kv_heads"):
-                scores = energy[f"{layer}/attn/o/w"].reshape(cfg.num_kv_heads, -1).sum(axis=1)
-                heads = _best(scores, kv_heads)
-                if name == "heads":
-                    heads = (heads[:, None] * group + np.arange(group)).reshape(-1)
-                leaf = jnp.take(leaf, heads, axis)
-        params[path] = leaf
-    cfg = dataclasses.replace(cfg, ffw_dim=ffn, num_kv_heads=kv_heads, num_heads=kv_heads * group)
-    return dataclasses.replace(lm, cfg=cfg, params=unflatten(params))
+def _divergence_without(lm: LM, layers: Sequence[int], tokens_T: Any, reference_1TV: jax.Array) -> dict[int, float]:
+    """KL from the whole model for each of `layers` left out of them. What comes before the layer is computed once."""
+    x_1TD = embed_tokens(lm.cfg.layer(0), lm.params["embed"], jnp.asarray(tokens_T)[None])
+    out = {}
+    for at, i in enumerate(layers):
+        without = x_1TD
+        for later in layers[at + 1 :]:
+            without = run_layer(lm.cfg.layer(later), lm.params[f"layers_{later}"], without)
+        found = predict(lm.cfg.layer(0), ends(lm.params), without)
+        out[i] = float(score(found[0], reference_1TV[0], tokens_T)[1])
+        x_1TD = run_layer(lm.cfg.layer(i), lm.params[f"layers_{i}"], x_1TD)
+    return out
 
 
-def _best(scores: np.ndarray, count: int) -> np.ndarray:
+def keep_layers(lm: LM, kept: Sequence[int]) -> LM:
+    """The model with these layers only, in their order."""
+    widths = {name: tuple(lm.cfg.widths(name)[i] for i in kept) for name in WIDTHS}
+    cfg = dataclasses.replace(lm.cfg, num_layers=len(kept), **widths)
+    params = {**ends(lm.params), **{f"layers_{new}": lm.params[f"layers_{old}"] for new, old in enumerate(kept)}}
+    return dataclasses.replace(lm, cfg=cfg, params=params)
+
+
+def _plan(given: Mapping[str, Any], correct: bool, calibration: Any, lm: LM) -> Plan:
+    """For channels and heads; the layers are those that stay."""
+    counts = kept_counts(lm.cfg, given["ffn"], given["kv_heads"])
+    before = zip(lm.cfg.widths("num_heads"), lm.cfg.widths("num_kv_heads"), strict=True)
+    heads = [kept * (n // k) for kept, (n, k) in zip(counts["kv_heads"], before, strict=True)]
+    cfg = dataclasses.replace(lm.cfg, ffw_dim=counts["ffn"], num_kv_heads=counts["kv_heads"], num_heads=tuple(heads))
+    sites: dict[str, tuple[str, ...]] = {}
+    for i in range(cfg.num_layers):
+        narrower = ("mlp/up",) if cfg.widths("ffw_dim")[i] < lm.cfg.widths("ffw_dim")[i] else ()
+        narrower += ("attn/v",) if cfg.widths("num_kv_heads")[i] < lm.cfg.widths("num_kv_heads")[i] else ()
+        if narrower:
+            sites[f"layers_{i}"] = narrower
+    touched = [path for path in lm.info if path.partition("/")[0] in sites]
+    tokens_NT = calibration_tokens(lm, calibration)
+    args = {"ffn": cfg.ffw_dim, "kv_heads": cfg.num_kv_heads, "correct": correct, "calibration": describe(tokens_NT)}
+
+    def change(group: str, leaves: Leaves, inputs: Mapping[str, Inputs]) -> Leaves:
+        if group not in sites:
+            return leaves
+        i = int(group.removeprefix("layers_"))
+        out: dict[str, Any] = dict(leaves)
+        if "mlp/up" in inputs:
+            kept = _narrow(out, "mlp/down/w", inputs["mlp/up"], 1, cfg.widths("ffw_dim")[i], correct)
+            out |= {name: jnp.take(out[name], kept, axis=0) for name in ("mlp/gate/w", "mlp/up/w")}
+        if "attn/v" in inputs:
+            before, after = lm.cfg.widths("num_kv_heads")[i], cfg.widths("num_kv_heads")[i]
+            share = lm.cfg.widths("num_heads")[i] // before
+            kept = _narrow(out, "attn/o/w", inputs["attn/v"], share * cfg.head_dim, after, correct)
+            query = (kept[:, None] * share + np.arange(share)).reshape(-1)
+            for name, rows in {"attn/q": query, "attn/k": kept, "attn/v": kept}.items():
+                for part in ("w", "b"):
+                    if f"{name}/{part}" in out:
+                        out[f"{name}/{part}"] = jnp.take(out[f"{name}/{part}"], rows, axis=0)
+        return out
+
+    # Without correction one would do with mean squares; the Hessian's diagonal has them.
+    return Plan(cfg, change, args, touched, tokens_NT, ("hessian",), sites)
+
+
+def _narrow(leaves: dict[str, Any], reader: str, inputs: Inputs, unit: int, count: int, correct: bool) -> np.ndarray:
+    """Keeps `count` runs of `unit` inputs of the reader, in `leaves`; returns which runs."""
+    w, hessian = leaves[reader], inputs.hessian
+    assert hessian is not None
+    w_NK = w.astype(jnp.float32).reshape(w.shape[0], -1)
+    lost_K = np.asarray(_lost(w_NK, hessian, correct), np.float64)
+    kept = best(lost_K.reshape(-1, unit).sum(axis=1), count)
+    columns = (kept[:, None] * unit + np.arange(unit)).reshape(-1)
+    new = _corrected(w_NK, hessian, columns) if correct else w_NK[:, columns]
+    leaves[reader] = new.astype(w.dtype).reshape(w.shape[0], *((-1, *w.shape[2:]) if w.ndim > 2 else (-1,)))
+    return kept
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _lost(w_NK: jax.Array, hessian_KK: jax.Array, correct: bool) -> jax.Array:
+    """[K]: the mean square of the output that goes with each input; with `correct`, what the others cannot make up for."""
+    norms_K = jnp.sum(jnp.square(w_NK), axis=0)
+    if not correct:
+        return norms_K * jnp.diagonal(hessian_KK)
+    damped = _damped(hessian_KK)
+    inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), jnp.eye(damped.shape[0]))
+    return norms_K / jnp.diagonal(inverse)
+
+
+@jax.jit
+def _corrected(w_NK: jax.Array, hessian_KK: jax.Array, columns: jax.Array) -> jax.Array:
+    """The weights of the kept inputs that put out, in the mean square, what all did: W H_{:,S} (H_SS)⁻¹, damped."""
+    damped = _damped(hessian_KK)
+    target_NS = jnp.matmul(w_NK, damped[:, columns], precision=jax.lax.Precision.HIGHEST)
+    factor = jnp.linalg.cholesky(damped[columns][:, columns])
+    return jax.scipy.linalg.cho_solve((factor, True), target_NS.T).T
+
+
+def _damped(hessian_KK: jax.Array) -> jax.Array:
+    return hessian_KK + _DAMPING * jnp.mean(jnp.diagonal(hessian_KK)) * jnp.eye(hessian_KK.shape[0])
+
+
+def best(scores: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` highest scores, in order."""
     return np.sort(np.argsort(-scores, kind="stable")[:count])

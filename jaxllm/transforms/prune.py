@@ -1,83 +1,163 @@
-"""Unstructured pruning: zeros where weights were small. Shapes, and so a dense program's speed, stay as they are."""
+"""Pruning in place: zeros where weights matter least. Shapes, and so a dense program's speed, stay as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from jaxllm.arrays import Weight
+from jaxllm.calibrate import SITE_OF, Inputs, Kind, Walk, calibration_tokens, describe
 from jaxllm.lm import LM, Transform, record, require_order
-from jaxllm.params import flatten, select, unflatten
+from jaxllm.params import assign, flatten, select, unflatten
+from jaxllm.transforms import obs
+from jaxllm.transforms.layerwise import Layerwise, Leaves, Plan
+from jaxllm.transforms.mask import Pattern, below_threshold, check_pattern, choose, global_threshold, parse_pattern
+
+Method = Literal["magnitude", "wanda", "sparsegpt"]
+IN_LAYERS = r"layers_\d+/.*"  # leaves embedding and head alone
 
 
-def prune_magnitude(
-    sparsity: float, match: str = r"layers_\d+/.*", scope: Literal["layer", "global"] = "layer"
+def prune(
+    sparsity: float | Mapping[str, float] | None = None,
+    method: Method = "magnitude",
+    pattern: str = "unstructured",
+    scope: Literal["layer", "global"] = "layer",
+    match: str = IN_LAYERS,
+    calibration: Any = None,
 ) -> Transform:
-    """Zeroes the smallest |w|.
+    """Zeroes the weights that matter least.
 
-    sparsity: fraction of zeros, in [0, 1). Exactly floor(sparsity * size) weights become zero; of equal magnitudes the
-        first ones go.
-    match: regular expression for whole weight paths; the default leaves embedding and head alone.
-    scope: "layer" gives each weight matrix that sparsity, "global" all matching ones together.
+    sparsity: fraction of zeros, in [0, 1), exact: floor(sparsity * size) weights, or blocks, become zero, the first of
+        equal ones. Or rules, {regular expression for whole weight paths: fraction}, of which the first that matches a
+        weight holds. N:M patterns say it themselves.
+    method: "magnitude" scores a weight by |w|; "wanda" by |w| times the root mean square of its input, and compares
+        within an output channel; "sparsegpt" by what its loss does to the output when the weights that stay are
+        corrected, and corrects them.
+    pattern: "unstructured", "N:M" (keep N of M neighbouring inputs), or "RxC" (blocks of R outputs by C inputs go).
+    scope: "layer" gives each matrix that sparsity, "global" all matching ones together, by one threshold on the scores.
+    match: regular expression for whole weight paths, where sparsity is one number.
+    calibration: integer ids [N, T] that "wanda" and "sparsegpt" see; by default the text that ships with the package.
 
-    Raises ValueError when `match` names no weight, and lists what is there.
-    Source: Han et al. 2015, "Learning both Weights and Connections for Efficient Neural Networks".
+    The layers are pruned in order, each on what the pruned ones before it put out.
+    Raises ValueError for a pattern that a weight's shape does not divide, a rule or `match` that matches nothing, and for
+    a model that is quantised already.
+    Sources: Han et al. 2015; Sun et al. 2024 (Wanda); Frantar & Alistarh 2023 (SparseGPT); Mishra et al. 2021 (2:4).
     """
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity is {sparsity}; expected a fraction of zeros in [0, 1).")
+    shape = parse_pattern(pattern)
+    if method not in get_args(Method):
+        raise ValueError(f"method is {method!r}; expected one of {', '.join(get_args(Method))}.")
     if scope not in ("layer", "global"):
         raise ValueError(f'scope is {scope!r}; expected "layer" or "global".')
+    if shape.sparsity is not None and sparsity in (None, shape.sparsity):
+        sparsity = shape.sparsity
+    elif shape.sparsity is not None:
+        raise ValueError(f"sparsity is {sparsity}; the pattern {pattern} makes it {shape.sparsity}. Leave it out.")
+    if sparsity is None:
+        raise ValueError("sparsity is missing: the fraction of zeros, in [0, 1).")
+    for value in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
+        if not 0 <= value < 1:
+            raise ValueError(f"sparsity is {value}; expected a fraction of zeros in [0, 1).")
+    if scope == "global" and (method == "sparsegpt" or pattern != "unstructured" or isinstance(sparsity, Mapping)):
+        raise ValueError('scope="global" goes with one sparsity, the unstructured pattern, and magnitude or wanda.')
+    rules = sparsity if isinstance(sparsity, Mapping) else {match: float(sparsity)}
+    args = {"sparsity": dict(sparsity) if isinstance(sparsity, Mapping) else float(sparsity), "method": method}
+    args |= {"pattern": pattern, "scope": scope} | ({} if isinstance(sparsity, Mapping) else {"match": match})
+    if scope == "global":
+        assert isinstance(sparsity, float)
+        return partial(_prune_globally, float(sparsity), method, match, args, calibration)
 
-    def transform(lm: LM) -> LM:
-        require_order(lm, "prune_magnitude")
-        paths = select(lm.info, match)
-        flat = flatten(lm.params)
-        for group in [paths] if scope == "global" else [[path] for path in paths]:
-            leaves = [flat[path] for path in group]
-            count = int(sparsity * sum(leaf.size for leaf in leaves))
-            flat |= zip(group, _zero_smallest(leaves, count), strict=True)
-        params = unflatten(flat)
-        args = {"sparsity": float(sparsity), "match": match, "scope": scope}
-        return record(lm, "prune_magnitude", args, paths, params=params)
+    def plan(lm: LM) -> Plan:
+        info, fractions = lm.info, assign(rules, lm.info)
+        for path in fractions:
+            rows = math.prod(info[path].shape[: -info[path].contracted])
+            check_pattern(shape, rows, math.prod(info[path].shape) // rows, path)
+            if method != "magnitude" and not path.startswith("layers_"):
+                raise ValueError(f"{method} does not reach {path}, whose inputs are not calibrated; use magnitude for it.")
 
-    return transform
+        def change(group: str, leaves: Leaves, inputs: Mapping[str, Inputs]) -> Leaves:
+            out, factors = dict(leaves), {}
+            for name, leaf in leaves.items():
+                path = f"{group}/{name}"
+                if path not in fractions:
+                    continue
+                contracted, fraction = info[path].contracted, fractions[path]
+                if method == "sparsegpt":
+                    site = SITE_OF[name]
+                    if site not in factors:
+                        factors[site] = obs.inverse_factor(inputs[site].hessian)
+                    out[name] = obs.prune(leaf, factors[site], contracted, shape, fraction)
+                else:
+                    squares = inputs[SITE_OF[name]].mean_square if method == "wanda" else None
+                    out[name] = _zero(leaf, squares, contracted, shape, fraction)
+            return out
+
+        return _plan(lm, method, list(fractions), change, args, calibration)
+
+    return Layerwise("prune", plan)
 
 
-def _zero_smallest(leaves: Sequence[jax.Array], count: int) -> list[jax.Array]:
-    """The leaves with exactly `count` of their elements, those of least magnitude, zero.
+def _plan(lm: LM, method: str, paths: list[str], change: Any, args: Mapping[str, Any], calibration: Any) -> Plan:
+    if method == "magnitude":
+        return Plan(lm.cfg, change, args, paths)
+    tokens_NT = calibration_tokens(lm, calibration)
+    kinds: tuple[Kind, ...] = ("hessian",) if method == "sparsegpt" else ("mean_square",)
+    sites: dict[str, tuple[str, ...]] = {}
+    for path in paths:
+        group, _, name = path.partition("/")
+        sites[group] = tuple(dict.fromkeys((*sites.get(group, ()), SITE_OF[name])))
+    args = {**args, "calibration": describe(tokens_NT)}
+    return Plan(lm.cfg, change, args, paths, tokens_NT, kinds, sites)
 
-    The threshold is found bit by bit (magnitudes order as their bit patterns do), so that nothing is sorted, nothing
-    gathered from other devices, and only a single leaf has to have fewer than 2**31 elements.
-    """
-    threshold = 0
-    for bit in reversed(range(31)):
-        trial = threshold | 1 << bit
-        if sum(int(n) for n in [_count_below(leaf, trial) for leaf in leaves]) <= count:
-            threshold = trial
-    # Strictly smaller magnitudes go, then ties until the count is full.
-    ties = count - sum(int(_count_below(leaf, threshold)) for leaf in leaves)
-    out = []
-    for leaf in leaves:
-        leaf, used = _zero_below(leaf, threshold, min(ties, leaf.size))
+
+@partial(jax.jit, static_argnums=2)
+def _score(w: jax.Array, mean_square_K: jax.Array | None, contracted: int) -> jax.Array:
+    """float32 [N, K]."""
+    kept = math.prod(w.shape[: w.ndim - contracted])
+    score_NK = jnp.abs(w.astype(jnp.float32)).reshape(kept, -1)
+    return score_NK if mean_square_K is None else score_NK * jnp.sqrt(mean_square_K)[None]
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _zero(w: jax.Array, mean_square_K: jax.Array | None, contracted: int, pattern: Pattern, sparsity: float) -> jax.Array:
+    score_NK = _score(w, mean_square_K, contracted)
+    rows, columns = score_NK.shape
+    by_row = mean_square_K is not None and pattern.block == (1, 1)
+    row, column = pattern.block
+    count: Any = int(sparsity * (w.size // (row * column)))
+    if by_row:  # as evenly as the exact total allows
+        ends = [int(sparsity * columns * r) for r in range(rows + 1)]
+        count = jnp.asarray([[b - a] for a, b in zip(ends, ends[1:], strict=False)], jnp.int32)
+    gone_NK = choose(score_NK, pattern, count, by_row)
+    return jnp.where(gone_NK.reshape(w.shape), jnp.zeros((), w.dtype), w)
+
+
+def _prune_globally(
+    sparsity: float, method: Method, match: str, args: Mapping[str, Any], calibration: Any, lm: LM
+) -> LM:
+    """One threshold for all weights; "wanda" scores them on what the unpruned layers put out."""
+    require_order(lm, "prune")
+    paths, info, flat = select(lm.info, match), lm.info, flatten(lm.params)
+    squares: dict[str, jax.Array] = {}
+    if method == "wanda":
+        plan = _plan(lm, method, paths, None, args, calibration)
+        assert plan.tokens_NT is not None
+        args, walk = plan.args, Walk(plan.tokens_NT)
+        walk.embed(lm.cfg, lm.params["embed"])
+        for i in range(lm.cfg.num_layers):
+            layer = lm.params[f"layers_{i}"]
+            for site, found in walk.inputs(lm.cfg.layer(i), layer, plan.kinds, plan.sites.get(f"layers_{i}", ())).items():
+                squares |= {f"layers_{i}/{reader}": found.mean_square for reader in flatten(layer) if SITE_OF.get(reader) == site}
+            walk.advance(lm.cfg.layer(i), layer)
+    scores = [partial(_score, flat[path], squares.get(path), info[path].contracted) for path in paths]
+    threshold, ties = global_threshold(scores, int(sparsity * sum(flat[path].size for path in paths)))
+    for path, score in zip(paths, scores, strict=True):
+        leaf: Weight = flat[path]
+        gone, used = below_threshold(score(), threshold, min(ties, leaf.size))
+        flat[path] = jnp.where(gone.reshape(leaf.shape), jnp.zeros((), leaf.dtype), leaf)
         ties -= int(used)
-        out.append(leaf)
-    return out
-
-
-def _bits(w: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(jnp.abs(w.astype(jnp.float32)), jnp.int32)
-
-
-@jax.jit
-def _count_below(w: jax.Array, threshold: jax.Array) -> jax.Array:
-    return jnp.sum(_bits(w) < threshold)
-
-
-@jax.jit
-def _zero_below(w: jax.Array, threshold: jax.Array, ties: jax.Array) -> tuple[jax.Array, jax.Array]:
-    bits = _bits(w).reshape(-1)
-    tied = bits == threshold
-    zeroed = (bits < threshold) | (tied & (jnp.cumsum(tied) <= ties))
-    return jnp.where(zeroed.reshape(w.shape), jnp.zeros((), w.dtype), w), jnp.sum(tied & zeroed)
+    return record(lm, "prune", args, paths, params=unflatten(flat))

@@ -1,0 +1,125 @@
+"""Transforms that change a model a layer at a time, so that they also run where the model does not fit into memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm.arrays import Weight
+from jaxllm.calibrate import Inputs, Kind, Walk
+from jaxllm.config import ModelConfig
+from jaxllm.lm import LM, record, require_order
+from jaxllm.params import flatten, unflatten
+
+_log = logging.getLogger(__name__)
+
+Leaves = Mapping[str, Weight]  # of one group, by path within it: "attn/q/w"; "w" for the embedding
+Change = Callable[[str, Leaves, Mapping[str, Inputs]], Leaves]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a transform does to a model of which it has seen the config, but no weight.
+
+    cfg: of the result.
+    change(group, leaves, inputs) -> leaves: the new weights of a group. inputs: by site; empty unless asked for.
+    args, touched: for the ledger.
+    tokens_NT, kinds, sites: calibration text, the statistics that are needed on it, and of which layers' sites; None
+        and empty where none is.
+    """
+
+    cfg: ModelConfig
+    change: Change
+    args: Mapping[str, Any]
+    touched: Sequence[str]
+    tokens_NT: np.ndarray | None = None
+    kinds: tuple[Kind, ...] = ()
+    sites: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layerwise:
+    """A Transform that works layer by layer.
+
+    plan(lm): looks at the config, ledger and tokenizer only, and raises ValueError for what cannot be.
+    """
+
+    name: str
+    plan: Callable[[LM], Plan]
+
+    def __call__(self, lm: LM) -> LM:
+        plan = self.prepare(lm)
+        out: dict[str, Weight] = {}
+        for group, leaves in run([Stage(self.name, lm.cfg, plan)], split(lm.params)):
+            out |= joined(group, leaves)
+        return record(lm, self.name, plan.args, plan.touched, cfg=plan.cfg, params=unflatten(out))
+
+    def prepare(self, lm: LM) -> Plan:
+        """The plan for this model. Raises ValueError when the transform may not follow the model's ledger."""
+        require_order(lm, self.name)
+        return self.plan(lm)
+
+
+class Stage:
+    """One transform on its way through a model: its plan, and the residual stream that its statistics are taken from."""
+
+    def __init__(self, name: str, cfg: ModelConfig, plan: Plan):
+        self.name, self.plan = name, plan
+        self._cfg = cfg  # of the model before
+        self.walk = None if plan.tokens_NT is None else Walk(plan.tokens_NT)
+
+    def change(self, group: str, leaves: Leaves) -> Leaves:
+        """The group's new weights. Groups come in the order of `groups`."""
+        layer = layer_number(group)
+        if self.walk is None or layer is None:
+            new = self.plan.change(group, leaves, {})
+            if self.walk is not None and group == "embed":
+                self.walk.embed(self.plan.cfg, new)
+            return new
+        inputs = {}
+        if sites := self.plan.sites.get(group):
+            inputs = self.walk.inputs(self._cfg.layer(layer), unflatten(leaves), self.plan.kinds, sites)
+        new = self.plan.change(group, leaves, inputs)
+        if any(later > layer for later in map(layer_number, self.plan.sites) if later is not None):
+            self.walk.advance(self.plan.cfg.layer(layer), unflatten(new))
+        return new
+
+
+def run(stages: Sequence[Stage], source: Iterable[tuple[str, Leaves]]) -> Iterable[tuple[str, Leaves]]:
+    """Passes each group through all stages; logs progress once a second at most."""
+    start = last = time.monotonic()
+    for group, leaves in source:
+        for stage in stages:
+            leaves = stage.change(group, leaves)
+        jax.block_until_ready(leaves)
+        if time.monotonic() - last > 1:
+            last = time.monotonic()
+            _log.info("%s: %s done, %.0f s", " + ".join(stage.name for stage in stages), group, last - start)
+        yield group, leaves
+
+
+def layer_number(group: str) -> int | None:
+    return int(group.removeprefix("layers_")) if group.startswith("layers_") else None
+
+
+def groups(cfg: ModelConfig) -> list[str]:
+    """The parts of a model in the order of the forward pass; each has weights below its name."""
+    head = [] if cfg.tie_embeddings else ["head"]
+    return ["embed", *(f"layers_{i}" for i in range(cfg.num_layers)), "final_norm", *head]
+
+
+def split(params: Mapping[str, Any]) -> Iterable[tuple[str, Leaves]]:
+    layers = sorted((name for name in params if name.startswith("layers_")), key=lambda name: layer_number(name) or 0)
+    for name in ["embed", *layers, *(name for name in ("final_norm", "head") if name in params)]:
+        yield name, flatten(params[name])
+
+
+def joined(group: str, leaves: Leaves) -> dict[str, Weight]:
+    """By path in the model."""
+    return {f"{group}/{path}": leaf for path, leaf in leaves.items()}
