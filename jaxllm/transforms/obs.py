@@ -27,50 +27,57 @@ _BLOCK = 128  # columns that are corrected at once
 
 
 @jax.jit
-def inverse_factor(hessian_KK: jax.Array, damping: float = DAMPING) -> jax.Array:
+def inverse_factor(hessian_KK: jax.Array) -> jax.Array:
     """The upper triangular U with Uᵀ U = H⁻¹, of the damped H. Inputs that are always zero get a diagonal of one."""
     diagonal = jnp.diagonal(hessian_KK)
     dead = diagonal == 0
-    damped = hessian_KK + jnp.diag(jnp.where(dead, 1.0, 0.0) + damping * jnp.mean(diagonal))
+    damped = hessian_KK + jnp.diag(jnp.where(dead, 1.0, 0.0) + DAMPING * jnp.mean(diagonal))
     # With J the reversal of order: J H J = L Lᵀ gives H⁻¹ = Uᵀ U for U = J L⁻¹ J, without forming the inverse.
     lower = jnp.linalg.cholesky(damped[::-1, ::-1])
     identity = jnp.eye(lower.shape[0], dtype=lower.dtype)
     return lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)[::-1, ::-1]
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def quantize(w: jax.Array, factor_KK: jax.Array, contracted: int, fmt: Format) -> QArray:
-    """GPTQ. Each group's grid is that of its weights as they are when their block of columns is reached.
+@jax.jit
+def loudest_first(hessian_KK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The order of inputs by falling mean square, and `inverse_factor` in that order.
 
-    w: float, its last `contracted` axes the inputs. factor_KK: `inverse_factor`. Zeros stay zeros.
+    What is settled last has the fewest columns left to be made up for by, so it should matter least.
     """
-    w_KN = _columns(w, contracted)
+    order_K = jnp.argsort(-jnp.diagonal(hessian_KK))
+    return order_K, inverse_factor(hessian_KK[order_K][:, order_K])
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def quantize(
+    w: jax.Array, order_K: jax.Array, factor_KK: jax.Array, contracted: int, fmt: Format, shrink: jax.Array | float = 1.0
+) -> QArray:
+    """GPTQ on the grids of rounding to nearest.
+
+    w: float, its last `contracted` axes the inputs. order_K, factor_KK: the order in which columns are settled, and
+    `inverse_factor` of the Hessian in that order. shrink: see `formats.quantize`. Zeros stay zeros.
+    """
+    w_nGg = formats.as_groups(w, fmt, contracted)
+    scale, zero_point = formats.grid(w_nGg, fmt, shrink)
+    w_KN = _columns(w, contracted)[order_K]
     K, N = w_KN.shape
-    group = fmt.group or K
-    size = min(_BLOCK, K) if fmt.group is None else group * max(1, _BLOCK // group)
-    whole = formats.grid(w_KN.T[:, None], fmt) if fmt.group is None else None
+    group_K = jnp.pad(order_K // w_nGg.shape[-1], (0, _BLOCK))
+    grids_GN = jax.tree.map(lambda part: part.reshape(N, -1).T, (scale, zero_point))
 
-    def begin(block_CN: jax.Array, zeros_CN: jax.Array, start: jax.Array) -> Any:
-        grid = whole or formats.grid(block_CN.T.reshape(N, -1, group), fmt)
-        return jax.tree.map(jnp.transpose, grid)  # [groups of the block, N]
+    def begin(block_CN: jax.Array, zeros_CN: jax.Array, start: jax.Array) -> tuple[()]:
+        return ()
 
-    def settle(i: jax.Array, block_CN: jax.Array, zeros_CN: jax.Array, start: jax.Array, grid: Any) -> Any:
-        at = jnp.int32(0) if whole else i // group
-        scale_N, zero_N = jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, at, keepdims=False), grid)
+    def settle(i: jax.Array, block_CN: jax.Array, zeros_CN: jax.Array, start: jax.Array, state: tuple[()]) -> Any:
+        scale_N, zero_N = jax.tree.map(lambda part: _row(part, group_K[start + i]), grids_GN)
         values_N = formats.round_to(_row(block_CN, i)[:, None], fmt, scale_N, zero_N)[:, 0]
         shift_N = jnp.zeros_like(values_N) if zero_N is None else zero_N.astype(jnp.float32)
         values_N = jnp.where(_row(zeros_CN, i), shift_N, values_N)
-        return values_N, (values_N - shift_N) * scale_N.astype(jnp.float32), grid
+        return values_N, (values_N - shift_N) * scale_N.astype(jnp.float32), state
 
-    values_KN, grids = _solve(w_KN, factor_KK, size, begin, settle)
-    kept = w.shape[: w.ndim - contracted]
-    scale, zero_point = whole or jax.tree.map(lambda part: part.reshape(-1, N)[: K // group].T, grids)
-    return QArray(
-        values_KN.T.reshape(w.shape).astype(fmt.values),
-        scale.reshape(*kept, -1),
-        None if zero_point is None else zero_point.reshape(*kept, -1),
-        int8_inputs=fmt.inputs != "float",
-    )
+    values_KN = _solve(w_KN, factor_KK, min(_BLOCK, K), begin, settle)
+    values_KN = jnp.zeros_like(values_KN).at[order_K].set(values_KN)
+    values = values_KN.T.reshape(w.shape).astype(fmt.values)
+    return QArray(values, scale, zero_point, int8_inputs=fmt.inputs != "float")
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
@@ -113,19 +120,19 @@ def prune(w: jax.Array, factor_KK: jax.Array, contracted: int, pattern: Pattern,
         kept_N = jnp.where(_row(gone_CN, i) | _row(zeros_CN, i), 0.0, _row(block_CN, i))
         return kept_N, kept_N, gone_CN
 
-    kept_KN, _ = _solve(w_KN, factor_KK, size, begin, settle)
+    kept_KN = _solve(w_KN, factor_KK, size, begin, settle)
     return kept_KN.T.reshape(w.shape).astype(w.dtype)
 
 
 def _solve(
     w_KN: jax.Array, factor_KK: jax.Array, size: int, begin: Callable[..., Any], settle: Callable[..., Any]
-) -> tuple[jax.Array, Any]:
+) -> jax.Array:
     """Settles the columns of a weight in order, blocks of `size` at a time. [K, N]: an input's weights lie together.
 
     begin(block_CN, zeros_CN, start) -> state, when a block is reached. zeros_CN: where the weight was zero from the start.
     settle(i, block_CN, zeros_CN, start, state) -> (out_N, kept_N, state): for the block's i-th column what is put out
         for it, and the value that it has from now on.
-    Returns out [K, N] and the first state of every block.
+    Returns out [K, N].
     """
     K, N = w_KN.shape
     blocks = -(-K // size)
@@ -134,12 +141,10 @@ def _solve(
     w_KN = jnp.pad(w_KN, (padding, (0, 0)))
     factor_KK = jnp.pad(factor_KK, (padding, padding)) + jnp.diag((jnp.arange(blocks * size) >= K).astype(jnp.float32))
 
-    def block(w_KN: jax.Array, start: jax.Array) -> tuple[jax.Array, Any]:
+    def block(w_KN: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows_CK = lax.dynamic_slice_in_dim(factor_KK, start, size)
         u_CC = lax.dynamic_slice_in_dim(rows_CK, start, size, axis=1)
         block_CN, zeros_CN = (lax.dynamic_slice_in_dim(part, start, size) for part in (w_KN, zeros_KN))
-        first = begin(block_CN, zeros_CN, start)
-
         def column(i: jax.Array, carry: Any) -> Any:
             block_CN, out_CN, error_CN, state = carry
             out_N, kept_N, state = settle(i, block_CN, zeros_CN, start, state)
@@ -150,13 +155,13 @@ def _solve(
             return block_CN, out_CN, lax.dynamic_update_index_in_dim(error_CN, error_N, i, 0), state
 
         empty = jnp.zeros((size, N), jnp.float32)
-        _, out_CN, error_CN, _ = lax.fori_loop(0, size, column, (block_CN, empty, empty, first))
+        _, out_CN, error_CN, _ = lax.fori_loop(0, size, column, (block_CN, empty, empty, begin(block_CN, zeros_CN, start)))
         later_K = jnp.arange(blocks * size) >= start + size
         change = jnp.matmul(jnp.where(later_K[None], rows_CK, 0.0).T, error_CN, precision=lax.Precision.HIGHEST)
-        return w_KN - change, (out_CN, first)
+        return w_KN - change, out_CN
 
-    _, (out, firsts) = lax.scan(block, w_KN, jnp.arange(blocks, dtype=jnp.int32) * size)
-    return out.reshape(-1, N)[:K], firsts
+    _, out_bCN = lax.scan(block, w_KN, jnp.arange(blocks, dtype=jnp.int32) * size)
+    return out_bCN.reshape(-1, N)[:K]
 
 
 def _row(part_CN: jax.Array, i: jax.Array) -> jax.Array:

@@ -67,8 +67,6 @@ def quantize(
     else:
         rules = dict(format)
     parsed = {pattern: None if name is None else formats.parse(name) for pattern, name in rules.items()}
-    if "gptq" in method and clip != "absmax":
-        raise ValueError(f'clip="{clip}" goes with rounding to nearest, not with {method}.')
     if any(fmt is not None and fmt.values == "float8_e4m3fn" for fmt in parsed.values()) and clip != "absmax":
         raise ValueError(f'clip="{clip}" goes with integer formats; fp8 has range to spare.')
     how = _How(method, clip, alpha)
@@ -141,15 +139,15 @@ def _quantize_group(
     if inputs and "awq" in how.method:
         out, changed = scaling.awq(cfg, out, inputs, chosen, contracted)
         inputs = {**inputs, **changed}
-    factors: dict[str, jax.Array] = {}
+    factors: dict[str, tuple[jax.Array, jax.Array]] = {}
     for name, fmt in chosen.items():
         w = out[name]
         assert isinstance(w, jax.Array)
         if "gptq" in how.method and name in SITE_OF:
             site = SITE_OF[name]
             if site not in factors:
-                factors[site] = obs.inverse_factor(inputs[site].hessian)
-            q = obs.quantize(w, factors[site], contracted[name], fmt)
+                factors[site] = obs.loudest_first(inputs[site].hessian)
+            q = obs.quantize(w, *factors[site], contracted[name], fmt, _shrink(w, contracted[name], fmt, how.clip))
         else:
             q = _round(w, contracted[name], fmt, how.clip)
         if fmt.inputs == "static":
@@ -169,15 +167,20 @@ def _round(w: jax.Array, contracted: int, fmt: Format, clip: Clip) -> QArray:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _round_rows(w: jax.Array, contracted: int, fmt: Format, clip: Clip) -> QArray:
+    return formats.quantize(w, contracted, fmt, _shrink(w, contracted, fmt, clip))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _shrink(w: jax.Array, contracted: int, fmt: Format, clip: Clip) -> jax.Array:
+    """How much of each group's range is kept: [n..., G], or one number."""
+    if clip == "absmax":
+        return jnp.float32(1)
     w_nGg = formats.as_groups(w, fmt, contracted)
-    shrink: Any = 1.0
-    if clip == "percentile":
-        absmax = jnp.max(jnp.abs(w_nGg), axis=-1)
-        covered = jnp.percentile(jnp.abs(w_nGg), _PERCENTILE, axis=-1, method="higher")
-        shrink = jnp.where(absmax > 0, covered / absmax, 1.0)
-    elif clip == "mse":
-        shrink = best_shrink(w_nGg, fmt)
-    return formats.quantize(w, contracted, fmt, shrink)
+    if clip == "mse":
+        return best_shrink(w_nGg, fmt)
+    absmax = jnp.max(jnp.abs(w_nGg), axis=-1)
+    covered = jnp.percentile(jnp.abs(w_nGg), _PERCENTILE, axis=-1, method="higher")
+    return jnp.where(absmax > 0, covered / absmax, 1.0)
 
 
 def best_shrink(w_nGg: jax.Array, fmt: Format) -> jax.Array:
