@@ -69,7 +69,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh, batch: int) -> None:
 
 
 def param_shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
-    """A NamedSharding for each array of `params`. A QArray's scales lie with their values where the mesh divides them."""
+    """A NamedSharding for each array of `params`. A QArray's scales lie with its values where the mesh divides them."""
     info = param_info(cfg)
 
     def shard(path: str, leaf: jax.Array | QArray):

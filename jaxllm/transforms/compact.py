@@ -15,9 +15,9 @@ import numpy as np
 from jaxllm.arrays import Weight
 from jaxllm.calibrate import Inputs, calibration_tokens, describe
 from jaxllm.config import WIDTHS, ModelConfig
-from jaxllm.evaluate import score
-from jaxllm.lm import LM, Transform, embed_tokens, ends, logits, predict, record, require_order, run_layer
+from jaxllm.lm import LM, Transform, ends, record, require_order
 from jaxllm.params import flatten, unflatten
+from jaxllm.sensitivity import layer_damage
 from jaxllm.transforms.layerwise import Layerwise, Leaves, Plan, Stage, joined, run, split
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,9 @@ def compact(
     keep = {"ffn": ffn, "kv_heads": kv_heads, "layers": layers}
     if all(value is None for value in keep.values()):
         raise ValueError("compact was asked for nothing; give at least one of ffn, kv_heads and layers.")
-    given = {name: value if isinstance(value, int | float) or value is None else [*value] for name, value in keep.items()}
+    given = {
+        name: value if isinstance(value, int | float) or value is None else [*value] for name, value in keep.items()
+    }
     channels = Layerwise("compact", functools.partial(_plan, given, correct, calibration))
     if layers is None:
         return channels
@@ -123,33 +125,13 @@ def _choose_layers(lm: LM, kept: int | list[int], tokens_NT: np.ndarray) -> list
     """The most needed layers: the one whose absence moves the predictions least goes first, then the next in what is left."""
     assert isinstance(kept, int)
     remaining = list(range(lm.cfg.num_layers))
-    windows = tokens_NT[:LAYER_WINDOWS]
-    reference = [logits(lm, tokens_T[None]) for tokens_T in windows] if kept < lm.cfg.num_layers else []
     while len(remaining) > kept:
-        totals = dict.fromkeys(remaining, 0.0)
-        for tokens_T, reference_1TV in zip(windows, reference, strict=True):
-            for i, divergence in _divergence_without(lm, remaining, tokens_T, reference_1TV).items():
-                totals[i] += divergence
-        if not np.isfinite(list(totals.values())).all():
-            raise ValueError("The model's predictions are not finite; layers cannot be compared.")
-        gone = min(remaining, key=totals.__getitem__)
-        remaining.remove(gone)
-        _log.info("compact: layer %d goes, %d stay; KL %.3f", gone, len(remaining), totals[gone] / tokens_NT.shape[1])
+        without = layer_damage(keep_layers(lm, remaining), tokens_NT[:LAYER_WINDOWS], lambda _: {"gone": None}, lm)
+        divergence = [found["gone"] for found in without]
+        gone = int(np.argmin(divergence))
+        _log.info("compact: layer %d goes, %d stay; KL %.3f", remaining[gone], len(remaining) - 1, divergence[gone])
+        del remaining[gone]
     return remaining
-
-
-def _divergence_without(lm: LM, layers: Sequence[int], tokens_T: Any, reference_1TV: jax.Array) -> dict[int, float]:
-    """KL from the whole model for each of `layers` left out of them. What comes before the layer is computed once."""
-    x_1TD = embed_tokens(lm.cfg.layer(0), lm.params["embed"], jnp.asarray(tokens_T)[None])
-    out = {}
-    for at, i in enumerate(layers):
-        without = x_1TD
-        for later in layers[at + 1 :]:
-            without = run_layer(lm.cfg.layer(later), lm.params[f"layers_{later}"], without)
-        found = predict(lm.cfg.layer(0), ends(lm.params), without)
-        out[i] = float(score(found[0], reference_1TV[0], tokens_T)[1])
-        x_1TD = run_layer(lm.cfg.layer(i), lm.params[f"layers_{i}"], x_1TD)
-    return out
 
 
 def keep_layers(lm: LM, kept: Sequence[int]) -> LM:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,6 +102,36 @@ def run(stages: Sequence[Stage], source: Iterable[tuple[str, Leaves]]) -> Iterab
             last = time.monotonic()
             _log.info("%s: %s done, %.0f s", " + ".join(stage.name for stage in stages), group, last - start)
         yield group, leaves
+
+
+def each_alone(
+    lm: LM, transforms: Mapping[Hashable, Layerwise], tokens_NT: np.ndarray
+) -> Callable[[int], dict[Hashable, tuple[ModelConfig, Mapping[str, Any]]]]:
+    """What each transform makes of a layer when all layers before it are as they were.
+
+    transforms: by name, none of which leaves a layer alone; calibrated on tokens_NT or not at all.
+    Returns a function of the layer's number, to be called once for each in order: by name, its config and weights.
+    """
+    plans = {name: transform.prepare(lm) for name, transform in transforms.items()}
+    kinds = tuple(dict.fromkeys(kind for plan in plans.values() for kind in plan.kinds))
+    walk = Walk(tokens_NT)
+    if kinds:
+        walk.embed(lm.cfg, lm.params["embed"])
+
+    def variants(i: int) -> dict[Hashable, tuple[ModelConfig, Mapping[str, Any]]]:
+        group = f"layers_{i}"
+        sites = {site for plan in plans.values() for site in plan.sites.get(group, ())}
+        inputs = walk.inputs(lm.cfg.layer(i), lm.params[group], kinds, sites) if sites else {}
+        if kinds:
+            walk.advance(lm.cfg.layer(i), lm.params[group])
+        leaves = flatten(lm.params[group])
+        out = {}
+        for name, plan in plans.items():
+            own = {site: inputs[site] for site in plan.sites.get(group, ())}
+            out[name] = plan.cfg.layer(i), unflatten(plan.change(group, leaves, own))
+        return out
+
+    return variants
 
 
 def layer_number(group: str) -> int | None:

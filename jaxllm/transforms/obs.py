@@ -50,7 +50,12 @@ def loudest_first(hessian_KK: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def quantize(
-    w: jax.Array, order_K: jax.Array, factor_KK: jax.Array, contracted: int, fmt: Format, shrink: jax.Array | float = 1.0
+    w: jax.Array,
+    order_K: jax.Array,
+    factor_KK: jax.Array,
+    contracted: int,
+    fmt: Format,
+    shrink: jax.Array | float = 1.0,
 ) -> QArray:
     """GPTQ on the grids of rounding to nearest.
 
@@ -145,6 +150,7 @@ def _solve(
         rows_CK = lax.dynamic_slice_in_dim(factor_KK, start, size)
         u_CC = lax.dynamic_slice_in_dim(rows_CK, start, size, axis=1)
         block_CN, zeros_CN = (lax.dynamic_slice_in_dim(part, start, size) for part in (w_KN, zeros_KN))
+
         def column(i: jax.Array, carry: Any) -> Any:
             block_CN, out_CN, error_CN, state = carry
             out_N, kept_N, state = settle(i, block_CN, zeros_CN, start, state)
@@ -155,7 +161,9 @@ def _solve(
             return block_CN, out_CN, lax.dynamic_update_index_in_dim(error_CN, error_N, i, 0), state
 
         empty = jnp.zeros((size, N), jnp.float32)
-        _, out_CN, error_CN, _ = lax.fori_loop(0, size, column, (block_CN, empty, empty, begin(block_CN, zeros_CN, start)))
+        _, out_CN, error_CN, _ = lax.fori_loop(
+            0, size, column, (block_CN, empty, empty, begin(block_CN, zeros_CN, start))
+        )
         later_K = jnp.arange(blocks * size) >= start + size
         change = jnp.matmul(jnp.where(later_K[None], rows_CK, 0.0).T, error_CN, precision=lax.Precision.HIGHEST)
         return w_KN - change, out_CN

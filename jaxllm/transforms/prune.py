@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.arrays import Weight
-from jaxllm.calibrate import SITE_OF, Inputs, Kind, Walk, calibration_tokens, describe
+from jaxllm.calibrate import SITE_OF, SITES, Inputs, Kind, Walk, calibration_tokens, describe
 from jaxllm.lm import LM, Transform, record, require_order
 from jaxllm.params import assign, flatten, select, unflatten
+from jaxllm.sensitivity import Option, allocate, layer_damage, within
 from jaxllm.transforms import obs
-from jaxllm.transforms.layerwise import Layerwise, Leaves, Plan
+from jaxllm.transforms.layerwise import Layerwise, Leaves, Plan, each_alone
 from jaxllm.transforms.mask import Pattern, below_threshold, check_pattern, choose, global_threshold, parse_pattern
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
+_SPARSITY_STEP = 0.05  # between those that are tried for a layer
 IN_LAYERS = r"layers_\d+/.*"  # leaves embedding and head alone
 
 
@@ -26,7 +28,7 @@ def prune(
     sparsity: float | Mapping[str, float] | None = None,
     method: Method = "magnitude",
     pattern: str = "unstructured",
-    scope: Literal["layer", "global"] = "layer",
+    scope: Literal["layer", "global", "sensitivity"] = "layer",
     match: str = IN_LAYERS,
     calibration: Any = None,
 ) -> Transform:
@@ -39,7 +41,9 @@ def prune(
         within an output channel; "sparsegpt" by what its loss does to the output when the weights that stay are
         corrected, and corrects them.
     pattern: "unstructured", "N:M" (keep N of M neighbouring inputs), or "RxC" (blocks of R outputs by C inputs go).
-    scope: "layer" gives each matrix that sparsity, "global" all matching ones together, by one threshold on the scores.
+    scope: "layer" gives each matrix that sparsity. "global" and "sensitivity" give it to all matching ones together:
+        "global" by one threshold on the scores, "sensitivity" by a sparsity for each layer, chosen by the KL that pruning
+        the layer alone at several sparsities causes on the first calibration window.
     match: regular expression for whole weight paths, where sparsity is one number.
     calibration: integer ids [N, T] that "wanda" and "sparsegpt" see; by default the text that ships with the package.
 
@@ -51,8 +55,8 @@ def prune(
     shape = parse_pattern(pattern)
     if method not in get_args(Method):
         raise ValueError(f"method is {method!r}; expected one of {', '.join(get_args(Method))}.")
-    if scope not in ("layer", "global"):
-        raise ValueError(f'scope is {scope!r}; expected "layer" or "global".')
+    if scope not in ("layer", "global", "sensitivity"):
+        raise ValueError(f'scope is {scope!r}; expected "layer", "global" or "sensitivity".')
     if shape.sparsity is not None and sparsity in (None, shape.sparsity):
         sparsity = shape.sparsity
     elif shape.sparsity is not None:
@@ -67,9 +71,12 @@ def prune(
     rules = sparsity if isinstance(sparsity, Mapping) else {match: float(sparsity)}
     args = {"sparsity": dict(sparsity) if isinstance(sparsity, Mapping) else float(sparsity), "method": method}
     args |= {"pattern": pattern, "scope": scope} | ({} if isinstance(sparsity, Mapping) else {"match": match})
-    if scope == "global":
-        assert isinstance(sparsity, float)
-        return partial(_prune_globally, float(sparsity), method, match, args, calibration)
+    if scope == "sensitivity" and (shape.of or isinstance(sparsity, Mapping)):
+        raise ValueError('scope="sensitivity" goes with one sparsity, not with rules or a pattern that says it.')
+    if scope != "layer":
+        assert not isinstance(sparsity, Mapping)
+        search = _prune_globally if scope == "global" else _prune_by_sensitivity
+        return partial(search, float(sparsity), args, calibration)
 
     def plan(lm: LM) -> Plan:
         info, fractions = lm.info, assign(rules, lm.info)
@@ -77,7 +84,9 @@ def prune(
             rows = math.prod(info[path].shape[: -info[path].contracted])
             check_pattern(shape, rows, math.prod(info[path].shape) // rows, path)
             if method != "magnitude" and not path.startswith("layers_"):
-                raise ValueError(f"{method} does not reach {path}, whose inputs are not calibrated; use magnitude for it.")
+                raise ValueError(
+                    f"{method} does not reach {path}, whose inputs are not calibrated; use magnitude for it."
+                )
 
         def change(group: str, leaves: Leaves, inputs: Mapping[str, Inputs]) -> Leaves:
             out, factors = dict(leaves), {}
@@ -123,7 +132,9 @@ def _score(w: jax.Array, mean_square_K: jax.Array | None, contracted: int) -> ja
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
-def _zero(w: jax.Array, mean_square_K: jax.Array | None, contracted: int, pattern: Pattern, sparsity: float) -> jax.Array:
+def _zero(
+    w: jax.Array, mean_square_K: jax.Array | None, contracted: int, pattern: Pattern, sparsity: float
+) -> jax.Array:
     score_NK = _score(w, mean_square_K, contracted)
     rows, columns = score_NK.shape
     by_row = mean_square_K is not None and pattern.block == (1, 1)
@@ -136,22 +147,20 @@ def _zero(w: jax.Array, mean_square_K: jax.Array | None, contracted: int, patter
     return jnp.where(gone_NK.reshape(w.shape), jnp.zeros((), w.dtype), w)
 
 
-def _prune_globally(
-    sparsity: float, method: Method, match: str, args: Mapping[str, Any], calibration: Any, lm: LM
-) -> LM:
+def _prune_globally(sparsity: float, args: Mapping[str, Any], calibration: Any, lm: LM) -> LM:
     """One threshold for all weights; "wanda" scores them on what the unpruned layers put out."""
     require_order(lm, "prune")
-    paths, info, flat = select(lm.info, match), lm.info, flatten(lm.params)
-    squares: dict[str, jax.Array] = {}
-    if method == "wanda":
-        plan = _plan(lm, method, paths, None, args, calibration)
+    paths, info, flat = select(lm.info, args["match"]), lm.info, flatten(lm.params)
+    squares: dict[str, jax.Array | None] = {}
+    if args["method"] == "wanda":
+        plan = _plan(lm, args["method"], paths, lambda group, leaves, inputs: leaves, args, calibration)
         assert plan.tokens_NT is not None
         args, walk = plan.args, Walk(plan.tokens_NT)
         walk.embed(lm.cfg, lm.params["embed"])
         for i in range(lm.cfg.num_layers):
-            layer = lm.params[f"layers_{i}"]
-            for site, found in walk.inputs(lm.cfg.layer(i), layer, plan.kinds, plan.sites.get(f"layers_{i}", ())).items():
-                squares |= {f"layers_{i}/{reader}": found.mean_square for reader in flatten(layer) if SITE_OF.get(reader) == site}
+            group, layer = f"layers_{i}", lm.params[f"layers_{i}"]
+            found = walk.inputs(lm.cfg.layer(i), layer, plan.kinds, plan.sites.get(group, ()))
+            squares |= {f"{group}/{name}": of.mean_square for site, of in found.items() for name in SITES[site]}
             walk.advance(lm.cfg.layer(i), layer)
     scores = [partial(_score, flat[path], squares.get(path), info[path].contracted) for path in paths]
     threshold, ties = global_threshold(scores, int(sparsity * sum(flat[path].size for path in paths)))
@@ -161,3 +170,29 @@ def _prune_globally(
         flat[path] = jnp.where(gone.reshape(leaf.shape), jnp.zeros((), leaf.dtype), leaf)
         ties -= int(used)
     return record(lm, "prune", args, paths, params=unflatten(flat))
+
+
+def _prune_by_sensitivity(sparsity: float, args: Mapping[str, Any], calibration: Any, lm: LM) -> LM:
+    """A sparsity for each layer, of several around the one asked for; the layers are then pruned in order."""
+    require_order(lm, "prune")
+    match, tokens_NT = args["match"], calibration_tokens(lm, calibration)
+    paths = select(lm.info, match)
+    if outside := [path for path in paths if not path.startswith("layers_")]:
+        raise ValueError(f'scope="sensitivity" is measured layer by layer; {outside[0]} is in none.')
+    sizes = [
+        sum(math.prod(lm.info[path].shape) for path in paths if path.startswith(f"layers_{i}/"))
+        for i in range(lm.cfg.num_layers)
+    ]
+    tried = [s for step in range(-4, 5) if 0 <= (s := round(sparsity + step * _SPARSITY_STEP, 4)) < 1]
+    options = {
+        s: cast(Layerwise, prune(s, args["method"], args["pattern"], match=match, calibration=tokens_NT)) for s in tried
+    }
+    damage = layer_damage(lm, tokens_NT[:1], each_alone(lm, options, tokens_NT))
+    places = [
+        [Option(s, (1 - s) * size, found[s]) for s in tried] for size, found in zip(sizes, damage, strict=True) if size
+    ]
+    chosen = iter(within(allocate(places), (1 - sparsity) * sum(sizes) * (1 + 1e-9)))
+    each = {i: next(chosen).name for i, size in enumerate(sizes) if size}
+    rules = {rf"(?=layers_{i}/)(?:{match})": s for i, s in each.items()}
+    # The ledger gets the rules that were found: replaying them needs no measuring.
+    return prune(rules, args["method"], args["pattern"], calibration=tokens_NT)(lm)

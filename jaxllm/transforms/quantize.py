@@ -76,7 +76,9 @@ def quantize(
         for path, fmt in chosen.items():
             formats.check_group(fmt, info[path].shape, info[path].contracted, path)
             if fmt.inputs != "float" and not path.startswith("layers_"):
-                raise ValueError(f"{fmt.name} does not reach {path}: a looked-up table has no activations. Give it int8.")
+                raise ValueError(
+                    f"{fmt.name} does not reach {path}: a looked-up table has no activations. Give it int8."
+                )
         contracted = {path: entry.contracted for path, entry in info.items()}
 
         def change(group: str, leaves: Leaves, inputs: Mapping[str, Inputs]) -> Leaves:
@@ -236,5 +238,3 @@ def quantize_kv() -> Transform:
         return record(lm, "quantize_kv", {}, [], cfg=dataclasses.replace(lm.cfg, kv_dtype="int8"))
 
     return transform
-
-

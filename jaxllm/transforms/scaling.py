@@ -66,7 +66,7 @@ def smoothquant(
         largest = [jnp.max(jnp.abs(w.reshape(-1, found.absmax.size)), axis=0) for w in readers.values()]
         return smoothquant_scale(found.absmax, functools.reduce(jnp.maximum, largest).astype(jnp.float32), alpha)
 
-    return _rescale(cfg, leaves, {site: inputs[site] for site in SMOOTHQUANT_SITES if site in inputs} , inputs, scale_of)
+    return _rescale(cfg, leaves, {site: inputs[site] for site in SMOOTHQUANT_SITES if site in inputs}, inputs, scale_of)
 
 
 def awq(
