@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from jaxllm import formats
+from jaxllm.search import Unit
+from jaxllm.transforms.quantize import Clip, Method
+
+TEXT = "a text file, a directory or JSON lines"
 QUESTION = "What is the capital of France?"
 
 
@@ -32,9 +38,14 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of float weights; default: as stored")
 
     def windows(sub: argparse.ArgumentParser, count: int) -> None:
-        sub.add_argument("--text", type=Path, help="file to measure quality on; default: the one that is shipped")
+        sub.add_argument("--text", type=Path, help=f"to measure quality on, {TEXT}; default: the one that is shipped")
         sub.add_argument("--windows", type=int, default=count, help="of the text, from its start (default %(default)s)")
         sub.add_argument("--window-tokens", type=int, default=512, help="tokens a window (default %(default)s)")
+
+    def calibration(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--calibration", type=Path, help=f"what decides, {TEXT}; default: the shipped text")
+        sub.add_argument("--calibration-windows", type=int, default=32, help="at most (default %(default)s)")
+        sub.add_argument("--calibration-tokens", type=int, default=512, help="tokens a window (default %(default)s)")
 
     def timing(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--batch", type=int, default=1, help="sequences that run together (default %(default)s)")
@@ -63,22 +74,68 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("optimize", "make a model smaller and save it, with what each step gained and cost")
     model(sub)
-    sub.add_argument("--prune", choices=("magnitude",), help="zero the weights that matter least")
+    sub.add_argument(
+        "--compact",
+        metavar="ffn=0.75,kv_heads=2,layers=24",
+        help="what is kept, smaller shapes: a fraction (with a point) or a count",
+    )
+    sub.add_argument("--no-correct", action="store_true", help="leave the weights that read what --compact keeps as they are")
+    sub.add_argument("--prune", choices=("magnitude", "wanda", "sparsegpt"), help="zero the weights that matter least")
     sub.add_argument("--sparsity", type=float, help="fraction of zeros, with --prune")
-    sub.add_argument("--scope", choices=("layer", "global"), help="of --sparsity: each matrix (default) or all")
+    sub.add_argument("--pattern", metavar="unstructured|2:4|4:8|16x16", help="of the zeros (default: unstructured)")
+    sub.add_argument(
+        "--scope", choices=("layer", "global", "sensitivity"), help="of --sparsity: each matrix (default), or all together"
+    )
     sub.add_argument("--prune-match", metavar="REGEX", help="weight paths to prune (default: those in layers)")
+    sub.add_argument("--quantize", metavar="FORMAT", help=f"of weights: {formats.NAMES}")
     sub.add_argument(
-        "--compact", metavar="ffn=0.75,kv_heads=2,layers=24", help="what is kept: a fraction (with a point) or a count"
+        "--rule",
+        action="append",
+        default=[],
+        metavar="REGEX=FORMAT",
+        help="another format, or float, for weight paths; repeatable, the first that matches holds",
     )
+    sub.add_argument("--method", choices=get_args(Method), help="of rounding (default: rtn, to nearest)")
+    sub.add_argument("--clip", choices=get_args(Clip), help="the range that is kept (default: absmax)")
+    sub.add_argument("--alpha", type=float, help="of smoothquant, 0 to 1 (default: 0.5)")
+    sub.add_argument("--kv", choices=("int8",), help="keys and values of the cache")
     sub.add_argument(
-        "--calibration", type=Path, help="text that decides what --compact keeps; default: the shipped one"
+        "--recipe", type=Path, metavar="FILE", help="a saved model or ledger to do again, or a .py file, which is run"
     )
-    sub.add_argument("--quantize", choices=("int8",), help="weights as int8, one scale for each output channel")
-    sub.add_argument("--quantize-match", metavar="REGEX", help="weight paths to quantise (default: all)")
+    calibration(sub)
     sub.add_argument("--out", type=Path, required=True, help="directory to write; must not exist or be empty")
+    sub.add_argument(
+        "--stream", action="store_true", help="a layer at a time, for models larger than memory; if stopped, run it again"
+    )
+    sub.add_argument("--dry-run", action="store_true", help="check names, shapes and disk space, and write nothing")
     sub.add_argument("--no-report", action="store_true", help="do not measure speed and quality of each step")
     timing(sub)
     windows(sub, 6)
+
+    sub = command("search", "find the mix of precisions, channels, heads and layers that loses least within a budget")
+    model(sub)
+    sub.add_argument("--budget", type=float, required=True, help="fraction of the original's, or an amount above 1")
+    sub.add_argument("--unit", choices=get_args(Unit), default="bytes", help="of the budget (default %(default)s)")
+    sub.add_argument("--max-kl", type=float, default=math.inf, help="the most that the result may lose, in nats")
+    sub.add_argument(
+        "--formats", default="float,int8,int4-g32", help="that a layer's weights may have (default %(default)s)"
+    )
+    sub.add_argument("--ffn", default="1.0", help="fractions of a layer's channels that may stay: 1.0,0.75,0.5")
+    sub.add_argument("--kv-heads", default="", help="counts of a layer's KV heads that may stay: 2,1")
+    sub.add_argument("--drop-layers", action="store_true", help="whole layers may go")
+    sub.add_argument("--method", choices=get_args(Method), default="rtn", help="of rounding (default %(default)s)")
+    sub.add_argument("--clip", choices=get_args(Clip), default="mse", help="the range kept (default %(default)s)")
+    sub.add_argument(
+        "--sensitivity-windows", type=int, default=1, help="of the calibration text, for each layer (default %(default)s)"
+    )
+    calibration(sub)
+    sub.add_argument("--out", type=Path, required=True, metavar="RECIPE.py", help="recipe to write; a plot goes beside it")
+    windows(sub, 6)
+
+    sub = command("bisect", "name the transform and the layer that broke a model")
+    model(sub)
+    sub.add_argument("--reference", metavar="MODEL", required=True, help="the original that it was made from")
+    windows(sub, 2)
 
     sub = command("generate", "continue prompts, or answer them with --chat")
     model(sub)
@@ -94,6 +151,10 @@ def parser() -> argparse.ArgumentParser:
     model(sub)
     sub.add_argument("--reference", metavar="MODEL", help="what KL and agreement are against (default: MODEL itself)")
     windows(sub, 16)
+    sub.add_argument("--stride", type=int, help="tokens that windows move on by (default: they do not overlap)")
+    sub.add_argument("--tasks", help="lm-eval tasks, by name or .yaml file, separated by commas, instead of a text")
+    sub.add_argument("--task-dir", type=Path, help="directory with the tasks that --tasks names")
+    sub.add_argument("--limit", type=int, help="examples of each task (default: all)")
 
     sub = command("bench", "time one or more models in interleaved rounds")
     model(sub, nargs="+")

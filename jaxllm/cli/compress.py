@@ -1,0 +1,193 @@
+"""Commands that make a model smaller: optimize, search, bisect."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import jaxllm
+from jaxllm import formats, report
+from jaxllm import search as searching
+from jaxllm.bisect import bisect as find_culprit
+from jaxllm.bisect import table as bisect_table
+from jaxllm.checkpoint.stream import optimize_checkpoint
+from jaxllm.cli import common
+from jaxllm.generate import choose_max_len
+from jaxllm.lm import LM, Transform
+from jaxllm.measure import Workload
+from jaxllm.replay import load_recipe
+from jaxllm.textfiles import read_text
+from jaxllm.transforms.layerwise import Layerwise
+
+# Options that say how, by the one that asks for it.
+_NEEDS = {
+    "prune": ("sparsity", "pattern", "scope", "prune_match"),
+    "compact": ("no_correct",),
+    "quantize": ("rule", "method", "clip", "alpha"),
+}
+
+
+def optimize(args: argparse.Namespace) -> dict[str, Any]:
+    # A stopped stream goes on in the directory beside --out; --out itself appears at the end.
+    common.check_out(args.out)
+    _check_options(args)
+    work = None
+    if not (args.no_report or args.stream or args.dry_run):
+        work = Workload(rounds=args.rounds, batch=args.batch, max_len=args.max_len)
+    if args.stream or args.dry_run:
+        return _stream(args)
+    lm = common.load(args.model, args.dtype)
+    windows = None
+    if work is not None:
+        windows = common.windows(args, lm)
+        choose_max_len(lm.cfg, work.max_len)
+    steps = _steps(args, lm)
+    for step in steps.values():
+        if isinstance(step, Layerwise) and len(steps) == 1:
+            step.prepare(lm)  # what cannot be is refused before anything is done
+    models, name = {"original": lm}, ""
+    for step, transform in steps.items():
+        common.log(f"applying {step}")
+        name = f"{name} + {step}" if name else step
+        lm = models[name] = transform(lm)
+    jaxllm.save(lm, args.out)
+    common.log(f"saved {args.out}: {lm.num_params / 1e6:.1f} M parameters, {lm.weight_bytes / 1e6:.0f} MB")
+    if any(entry.name == "prune" for entry in lm.ledger):
+        common.log("note: zeros in place change no dense program's speed; --compact does")
+    out: dict[str, Any] = {"out": str(args.out), "ledger": [dataclasses.asdict(entry) for entry in lm.ledger]}
+    if work is not None and windows is not None:
+        result, _ = report.compare_steps(models, windows, work, common.log)
+        common.print_report(result, args.out)
+        out |= dataclasses.asdict(result)
+    return out
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    asked = [option for option in ("prune", "compact", "quantize", "kv", "recipe") if getattr(args, option) is not None]
+    if not asked:
+        raise ValueError("Nothing to do; give --prune, --compact, --quantize, --kv or --recipe.")
+    if args.recipe is not None and len(asked) > 1:
+        raise ValueError(f"--recipe says all that is done; leave --{asked[0]} out, or write it into the recipe.")
+    for option, others in _NEEDS.items():
+        for other in others:
+            if getattr(args, option) is None and getattr(args, other):
+                raise ValueError(f"--{other.replace('_', '-')} goes with --{option}, which is not given.")
+    if args.prune is not None and args.sparsity is None and args.pattern in (None, "unstructured"):
+        raise ValueError("--prune needs --sparsity, the fraction of zeros, or an N:M --pattern.")
+
+
+def _steps(args: argparse.Namespace, lm: LM) -> dict[str, Transform]:
+    """By name, in the order they are done. Everything that can be refused without the weights is."""
+    calibration = None
+    if args.calibration is not None:
+        characters = 12 * args.calibration_windows * args.calibration_tokens  # more than the tokens can have
+        text = read_text(args.calibration, max_chars=characters)
+        calibration = jaxllm.token_windows(lm, text, args.calibration_tokens, args.calibration_windows)
+    if args.recipe is not None:
+        recipe = load_recipe(args.recipe, calibration)
+        return {f"{number}": transform for number, transform in enumerate(recipe.transforms, 1)}
+    steps: dict[str, Transform] = {}
+    if args.compact is not None:
+        kept = common.counts("--compact", args.compact, ("ffn", "kv_heads", "layers"), common.fraction_or_count)
+        # Channels leave first: what is zeroed afterwards is chosen among those that stay.
+        steps["compact"] = jaxllm.compact(**kept, correct=not args.no_correct, calibration=calibration)
+    if args.prune is not None:
+        given = _given(args, pattern="pattern", scope="scope", match="prune_match")
+        steps[f"prune {args.prune}"] = jaxllm.prune(args.sparsity, args.prune, **given, calibration=calibration)
+    if args.quantize is not None:
+        given = _given(args, method="method", clip="clip", alpha="alpha")
+        method = "" if args.method in (None, "rtn") else f" {args.method}"
+        steps[f"{args.quantize}{method}"] = jaxllm.quantize(_rules(args), **given, calibration=calibration)
+    if args.kv is not None:
+        steps["kv int8"] = jaxllm.quantize_kv()
+    return steps
+
+
+def _given(args: argparse.Namespace, **names: str) -> dict[str, Any]:
+    """The options that were given, by the names that the library has for them."""
+    return {ours: value for ours, option in names.items() if (value := getattr(args, option)) is not None}
+
+
+def _rules(args: argparse.Namespace) -> str | Mapping[str, str | None]:
+    if not args.rule:
+        return args.quantize
+    rules: dict[str, str | None] = {}
+    for rule in args.rule:
+        pattern, found, name = rule.rpartition("=")
+        if not found or not pattern:
+            raise ValueError(f'--rule is {rule!r}; expected REGEX=FORMAT, where "float" leaves the weights alone.')
+        rules[pattern] = None if name == searching.FLOAT else name
+    return rules | {".*": args.quantize}
+
+
+def _stream(args: argparse.Namespace) -> dict[str, Any]:
+    lm = None
+    raise NotImplementedError(lm)
+
+
+def search(args: argparse.Namespace) -> dict[str, Any]:
+    if args.out.suffix != ".py":
+        raise ValueError(f"--out is {args.out}; a recipe is a Python file, NAME.py.")
+    if args.out.exists():
+        raise FileExistsError(f"{args.out} exists already; choose another --out or remove it.")
+    names = [name for name in args.formats.split(",") if name]
+    space = searching.Space(
+        tuple(names), _numbers("--ffn", args.ffn, float), _numbers("--kv-heads", args.kv_heads, int), args.drop_layers
+    )
+    lm = common.load(args.model, args.dtype)
+    calibration = _calibration(args, lm)
+    result = searching.search(
+        lm,
+        common.windows(args, lm),
+        args.budget,
+        args.unit,
+        space,
+        max_kl=args.max_kl,
+        method=args.method,
+        clip=args.clip,
+        calibration=calibration,
+        windows=args.sensitivity_windows,
+    )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    searching.write_recipe(result, args.out, args.model)
+    picture = args.out.with_suffix(".png")
+    searching.plot(result, picture)
+    table = Table(caption=f"Original: {result.original_cost:.5g} {result.unit}, perplexity {result.original.perplexity:.2f}")
+    for column in ("mix", result.unit, "parameters", "MB", "KL predicted", "KL", "top-1", "perplexity"):
+        table.add_column(column, justify="left" if column == "mix" else "right")
+    for i, found in enumerate(result.candidates):
+        q = found.quality
+        table.add_row(
+            f"{found.name}{' *' if i == result.best else ''}",
+            f"{found.cost:.5g}",
+            f"{found.params / 1e6:.1f} M",
+            f"{found.weight_bytes / 1e6:.1f}",
+            f"{found.predicted_kl:.4f}",
+            f"{q.kl:.4f}",
+            f"{q.top1:.1%}",
+            f"{q.perplexity:.2f}",
+        )
+    Console(width=None if common.to_terminal() else 150).print(table)
+    common.log(f"wrote {args.out} (*) and {picture}; next: jaxllm optimize {args.model} --recipe {args.out} --out DIR")
+    return dataclasses.asdict(result) | {"out": str(args.out)}
+
+
+def _numbers(option: str, text: str, number: Any) -> tuple[Any, ...]:
+    try:
+        return tuple(number(item) for item in text.split(",") if item)
+    except ValueError:
+        raise ValueError(f"{option} is {text!r}; expected numbers separated by commas.") from None
+
+
+def bisect(args: argparse.Namespace) -> dict[str, Any]:
+    lm, reference = common.load(args.model, args.dtype), common.load(args.reference, args.dtype)
+    diagnosis = find_culprit(lm, reference, common.windows(args, reference), log=common.log)
+    Console(width=None if common.to_terminal() else 150).print(bisect_table(diagnosis))
+    return json.loads(json.dumps(dataclasses.asdict(diagnosis)))

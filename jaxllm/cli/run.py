@@ -1,0 +1,188 @@
+"""Commands that run a model: quickstart, generate, chat, eval, bench; and info and export."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+
+import jaxllm
+from jaxllm import measure, report
+from jaxllm.cli import common
+from jaxllm.generate import choose_max_len, encode_prompts
+from jaxllm.measure import Workload
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def quickstart(args: argparse.Namespace) -> dict[str, Any]:
+    start = time.perf_counter()
+
+    work = Workload(rounds=args.rounds, max_len=256)
+    args.out.mkdir(parents=True, exist_ok=True)
+    original = common.load(args.model)
+    windows = common.windows(args, original)
+    choose_max_len(original.cfg, work.max_len)
+    prompt = _chat_prompt(original.tokenizer, [{"role": "user", "content": args.question}])
+    common.log("compacting: scoring FFN channels on the calibration text")
+    compacted = jaxllm.compact(ffn=0.84)(original)
+    int8 = jaxllm.quantize("int8")
+    models = {"original": original, "compact": compacted, "int8": int8(original), "compact + int8": int8(compacted)}
+    result, engines = report.compare_steps(models, windows, work, common.log)
+    common.print_report(result, args.out)
+    print(f"\nQuestion: {args.question}")
+    answers = {}
+    for name in ("original", "compact + int8"):
+        answers[name] = engines[name].generate(prompt, max_new_tokens=96)[0].text.strip()
+        print(f"{name}: {answers[name]}")
+    seconds = time.perf_counter() - start
+    common.log(f"done in {seconds:.0f} s; next: jaxllm chat {args.model}, jaxllm optimize --help")
+    return dataclasses.asdict(result) | {"question": args.question, "answers": answers, "seconds": round(seconds, 1)}
+
+
+def _chat_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    if tokenizer is None:
+        raise ValueError("This model has no tokenizer, and so no chat template.")
+    return tokenizer.encode_chat(messages)
+
+
+def _model_for(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and the mesh; arguments that cannot work are refused first."""
+    jaxllm.Sampling(**{name: getattr(args, name) for name in SAMPLING})
+    if args.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {args.max_new_tokens}; expected a positive integer.")
+    if "" in args.stop:
+        raise ValueError("--stop is empty; it would end every answer before it begins.")
+    mesh = common.mesh(args.mesh)
+    return common.load(args.model, args.dtype), mesh
+
+
+def _compile(args: argparse.Namespace, lm: Any, mesh: Any, batch: int) -> Any:
+    common.log("compiling")
+    return jaxllm.compile(lm, batch=batch, max_len=args.max_len, mesh=mesh)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in (*SAMPLING, "max_new_tokens", "stop")}
+
+
+def _messages(args: argparse.Namespace) -> list[dict[str, str]]:
+    return [] if args.system is None else [{"role": "system", "content": args.system}]
+
+
+def generate(args: argparse.Namespace) -> dict[str, Any]:
+    if args.system is not None and not args.chat:
+        raise ValueError("--system is part of a chat; add --chat.")
+    texts = args.prompt or [sys.stdin.read().removesuffix("\n")]
+    if "" in texts:
+        raise ValueError("A prompt is empty; give some text to go on from.")
+    lm, mesh = _model_for(args)
+    prompts: list[Any] = list(texts)
+    if args.chat:
+        turns = [[*_messages(args), {"role": "user", "content": text}] for text in texts]
+        prompts = [_chat_prompt(lm.tokenizer, messages) for messages in turns]
+    prompts = encode_prompts(prompts, lm.cfg, lm.tokenizer, choose_max_len(lm.cfg, args.max_len))
+    engine = _compile(args, lm, mesh, len(prompts))
+    if len(prompts) == 1 and not args.json:
+        for text in engine.stream(prompts[0], **_options(args)):
+            print(text, end="", flush=True)
+        print()
+        return {}
+    results = engine.generate(prompts, **_options(args))
+    if not args.json:
+        for text, result in zip(texts, results, strict=True):
+            print(f"--- {text}\n{result.text}")
+    return {"results": [{"prompt": t} | dataclasses.asdict(r) for t, r in zip(texts, results, strict=True)]}
+
+
+def chat(args: argparse.Namespace) -> dict[str, Any]:
+    lm, mesh = _model_for(args)
+    messages = _messages(args)
+    _chat_prompt(lm.tokenizer, [*messages, {"role": "user", "content": "Hello"}])  # no template: told now
+    engine = _compile(args, lm, mesh, 1)
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            text = ""
+        if not text.strip():
+            return {"messages": messages}
+        messages.append({"role": "user", "content": text})
+        answer, first = "", len(_messages(args))
+        while len(prompt := _chat_prompt(engine.tokenizer, messages)) >= engine.max_len and len(messages) > first + 1:
+            del messages[first : first + 2]  # the oldest question and its answer
+            common.log("the conversation outgrew --max-len; its oldest turn is forgotten")
+        if len(prompt) >= engine.max_len:
+            common.log(f"that has {len(prompt)} tokens and --max-len is {engine.max_len}; say it shorter")
+            messages.pop()
+            continue
+        try:
+            for piece in engine.stream(prompt, **_options(args)):
+                print(piece, end="", flush=True)
+                answer += piece
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        print()
+        messages.append({"role": "assistant", "content": answer.strip()})
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    lm = common.load(args.model, args.dtype)
+    reference = lm if args.reference is None else common.load(args.reference, args.dtype)
+    tokens = common.windows(args, lm)
+    quality = dataclasses.asdict(jaxllm.compare(lm, reference, tokens))
+    print(f"perplexity {quality['perplexity']:.3f} on {tokens.shape[0]} windows of {tokens.shape[1]} tokens")
+    if args.reference is None:
+        quality |= {"kl": None, "top1": None}
+        print("KL and top-1 agreement: not measured; name the original with --reference")
+    else:
+        print(f"KL {quality['kl']:.4f} nats, top-1 agreement {quality['top1']:.1%} with {args.reference}")
+    return {"model": args.model, "reference": args.reference, "windows": list(tokens.shape)} | quality
+
+
+def bench(args: argparse.Namespace) -> dict[str, Any]:
+    work = Workload(args.prompt_tokens, args.new_tokens, args.rounds, args.batch, args.max_len)
+    mesh = common.mesh(args.mesh)
+    models = {name: common.load(name, args.dtype) for name in dict.fromkeys(args.model)}
+    for lm in models.values():
+        choose_max_len(lm.cfg, args.max_len)
+    engines = {}
+    for name, lm in models.items():
+        common.log(f"compiling {name}")
+        engines[name] = jaxllm.compile(lm, batch=args.batch, max_len=args.max_len, mesh=mesh)
+    read_gb_s = measure.read_bandwidth()
+    speeds = measure.measure(engines, work, read_gb_s, common.log)
+    for name, speed in speeds.items():
+        print(
+            f"{name}: TTFT {speed.ttft_ms:.0f} ms, {speed.step_ms:.2f} ms a step (±{speed.step_spread / 2:.0%}), "
+            f"{speed.tokens_per_s:.1f} tokens/s, {speed.bandwidth_use:.0%} of {read_gb_s:.0f} GB/s"
+        )
+    rows = {name: dataclasses.asdict(speed) for name, speed in speeds.items()}
+    return dataclasses.asdict(work) | {"read_gb_s": read_gb_s, "machine": report.machine(), "models": rows}
+
+
+def info(args: argparse.Namespace) -> dict[str, Any]:
+    lm = common.load(args.model, args.dtype)
+    weights = report.weight_groups(lm)
+    ledger = [dataclasses.asdict(entry) for entry in lm.ledger]
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(report.info_table(lm, weights))
+    for entry in ledger:
+        console.print(f"{entry['name']}: {json.dumps(entry['args'])}", markup=False, highlight=False)
+    sizes = {"params": lm.num_params, "weight_bytes": lm.weight_bytes}
+    return {"config": dataclasses.asdict(lm.cfg), "weights": weights, "ledger": ledger} | sizes
+
+
+def export(args: argparse.Namespace) -> dict[str, Any]:
+    common.check_out(args.out)
+    lm = common.load(args.model, args.dtype)
+    jaxllm.export_hf(lm, args.out)
+    common.log(f"wrote {args.out}")
+    return {"out": str(args.out)}
+
+
