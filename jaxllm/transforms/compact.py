@@ -147,7 +147,7 @@ def _divergence_without(lm: LM, layers: Sequence[int], tokens_T: Any, reference_
         for later in layers[at + 1 :]:
             without = run_layer(lm.cfg.layer(later), lm.params[f"layers_{later}"], without)
         found = predict(lm.cfg.layer(0), ends(lm.params), without)
-        out[i] = float(score(found[0], reference_1TV[0], tokens_T)[1])
+        out[i] = float(jnp.sum(score(found[0], reference_1TV[0], tokens_T)[:, 1]))
         x_1TD = run_layer(lm.cfg.layer(i), lm.params[f"layers_{i}"], x_1TD)
     return out
 
