@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.table import Table
 
 from jaxllm import evaluate, generate
@@ -44,6 +43,7 @@ class Row:
     perplexity: float
     kl: float
     top1: float
+    nll_se: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +55,22 @@ class Report:
     machine: str
     read_gb_s: float
     batch: int
-    eval_tokens: int
+    protocol: str  # of perplexity, KL and top-1 agreement: `evaluate.Windows`
 
 
 def compare_steps(
     models: Mapping[str, LM],
-    tokens_NT: np.ndarray,
+    windows: Any,
     work: Workload,
     log: Callable[[str], None] = lambda _: None,
 ) -> tuple[Report, dict[str, generate.Engine]]:
     """Compiles, times and evaluates models made from one another; the first is the original.
 
-    tokens_NT: integer ids that quality is measured on. Returns the engines as well, ready to generate.
+    windows: what quality is measured on, as for `evaluate.compare`. Returns the engines as well, ready to generate.
     """
+    first = next(iter(models))
+    original = models[first]
+    windows = evaluate.as_windows(original, windows)
     engines = {}
     for name, lm in models.items():
         log(f"compiling {name}")
@@ -75,11 +78,9 @@ def compare_steps(
     log("measuring memory bandwidth")
     read_gb_s = read_bandwidth()
     speeds = measure(engines, work, read_gb_s, log)
-    first = next(iter(models))
-    original = models[first]
-    log(f"evaluating on {tokens_NT.size} tokens")
+    log(f"evaluating: {windows.protocol}")
     rows = []
-    qualities = evaluate.compare_all(list(models.values()), original, tokens_NT)
+    qualities = evaluate.compare_all(list(models.values()), original, windows)
     for (name, lm), quality in zip(models.items(), qualities, strict=True):
         row = Row(
             name=name,
@@ -92,7 +93,7 @@ def compare_steps(
         )
         rows.append(row)
     origin = original.ledger[0].args.get("origin", original.ledger[0].name) if original.ledger else "unknown"
-    return Report(tuple(rows), str(origin), machine(), read_gb_s, work.batch, tokens_NT.size), engines
+    return Report(tuple(rows), str(origin), machine(), read_gb_s, work.batch, windows.protocol), engines
 
 
 def _remaining(lm: LM) -> int:
@@ -115,8 +116,8 @@ def table(report: Report) -> Table:
     caption = (
         f"Weights: {report.source}. Machine: {report.machine}, reads {report.read_gb_s:.0f} GB/s. "
         f"Batch {report.batch}; medians. α: fraction of parameters gone or zero; β: speed against the first row; "
-        f"MBU: share of the read bandwidth. Perplexity, KL and top-1 agreement with the first row over "
-        f"{report.eval_tokens} tokens."
+        f"MBU: share of the read bandwidth. Perplexity, KL and top-1 agreement with the first row: "
+        f"{report.protocol}."
     )
     out = Table(caption=caption, caption_justify="left")
     names = (
@@ -179,7 +180,7 @@ def plot(report: Report, path: Path) -> None:
             fontsize=9,
         )
     axes.set_xlabel(f"tokens per second, batch {report.batch}")
-    axes.set_ylabel(f"perplexity ({report.eval_tokens} tokens)")
+    axes.set_ylabel("perplexity")
     axes.set_title("Speed against perplexity; area is the size of the weights")
     axes.margins(0.25)
     axes.grid(alpha=0.3)

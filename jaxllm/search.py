@@ -19,7 +19,7 @@ from jaxllm.generate import compile as compile_lm
 from jaxllm.lm import LM, chain
 from jaxllm.measure import Workload, measure, read_bandwidth
 from jaxllm.params import flatten
-from jaxllm.sensitivity import Option, allocate, layer_damage, model_damage, within
+from jaxllm.sensitivity import Option, allocate, layer_damage, within
 from jaxllm.transforms.compact import compact, keep_layers
 from jaxllm.transforms.layerwise import Layerwise, each_alone
 from jaxllm.transforms.quantize import Clip, Method, quantize
@@ -279,7 +279,7 @@ def _options(lm: LM, space: Space, costs: _Costs, i: int, damage: Mapping[Hashab
 def _ends(lm: LM, space: Space, costs: _Costs, tokens_NT: np.ndarray) -> list[Option]:
     out = [Option(FLOAT, costs.ends()[FLOAT], 0.0)]
     if "int8" in costs.ends():
-        out.append(Option("int8", costs.ends()["int8"], model_damage(lm, quantize({_ENDS: "int8"})(lm), tokens_NT)))
+        out.append(Option("int8", costs.ends()["int8"], compare(quantize({_ENDS: "int8"})(lm), lm, tokens_NT).kl))
     return out
 
 

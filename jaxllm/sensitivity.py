@@ -61,7 +61,7 @@ def layer_damage(
                     x_1TD = run_layer(*layer, x_1TD)
                 for later in range(i + 1, cfg.num_layers):
                     x_1TD = run_layer(cfg.layer(later), lm.params[f"layers_{later}"], x_1TD)
-                total += float(score(predict(shared, last, x_1TD)[0], expected_TV, tokens_T)[1])
+                total += float(jnp.sum(score(predict(shared, last, x_1TD)[0], expected_TV, tokens_T)[:, 1]))
             totals[name] = total / predictions
         if not np.isfinite([*totals.values()]).all():
             raise ValueError(f"The predictions with layer {i} changed are not finite: {totals}.")
@@ -71,14 +71,6 @@ def layer_damage(
             reported = time.monotonic()
             _log.info("sensitivity: layer %d of %d", i + 1, cfg.num_layers)
     return out
-
-
-def model_damage(lm: LM, changed: LM, tokens_NT: np.ndarray) -> float:
-    """The mean KL a prediction of a changed model from this one."""
-    total = 0.0
-    for tokens_T in tokens_NT:
-        total += float(score(logits(changed, tokens_T[None])[0], logits(lm, tokens_T[None])[0], tokens_T)[1])
-    return total / (tokens_NT.shape[0] * (tokens_NT.shape[1] - 1))
 
 
 def allocate(places: Sequence[Sequence[Option]]) -> list[tuple[Option, ...]]:

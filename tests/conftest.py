@@ -9,10 +9,13 @@ import dataclasses
 
 import jax
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 import jaxllm
 from jaxllm.compile import use_compilation_cache
 from jaxllm.config import Llama3Rope
+from jaxllm.text import Tokenizer
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -42,6 +45,18 @@ FAMILIES = {
 @pytest.fixture(scope="session")
 def tiny() -> jaxllm.LM:
     return jaxllm.init(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_text() -> jaxllm.LM:
+    """A tiny model that reads text: a token is a byte, and there are <s> (256) and </s> (257)."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    tokenizer = Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"}, [], None)
+    return dataclasses.replace(jaxllm.init(dataclasses.replace(TINY, vocab_size=258)), tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
