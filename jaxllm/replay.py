@@ -225,8 +225,8 @@ def _run(path: Path) -> Recipe:
     given = found.get("transforms", [found.get("transform")])
     if len(both) != 1 or not isinstance(given, list | tuple) or not given or not all(map(callable, given)):
         raise ValueError(
-            f"{path} defines {' and '.join(both) or 'neither'}; expected either `transform`, a function LM -> LM such as "
-            "jaxllm.quantize() returns, or `transforms`, a list of them."
+            f"{path} defines {' and '.join(both) or 'neither'}; expected either `transform`, a function LM -> LM such "
+            "as jaxllm.quantize() returns, or `transforms`, a list of them."
         )
     title = (inspect.cleandoc(found.get("__doc__") or "") or path.stem).splitlines()[0]
     return Recipe(title, tuple(given))

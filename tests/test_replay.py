@@ -108,7 +108,7 @@ def test_the_shipped_text_is_found_by_its_windows_and_an_own_one_must_be_given(o
 
 def test_without_a_tokenizer_ids_are_asked_for(original):
     made = jaxllm.prune(0.5, "wanda", calibration=TOKENS)(original)
-    with pytest.raises(ValueError, match="no tokenizer.*token ids"):
+    with pytest.raises(ValueError, match=r"no tokenizer.*token ids"):
         transforms_of(made.ledger)[0](original)
 
 
@@ -183,7 +183,7 @@ def test_json_is_bounded_before_it_is_read(tmp_path, monkeypatch):
         opened.truncate(2**30)
     with pytest.raises(ValueError, match="1073741824 bytes"):
         load_recipe(file)
-    with pytest.raises(FileNotFoundError, match="is not there; expected a .py script"):
+    with pytest.raises(FileNotFoundError, match=r"is not there; expected a \.py script"):
         load_recipe(tmp_path / "nothing.json")
     with pytest.raises(FileNotFoundError, match=r"jaxllm\.json is not there"):
         load_recipe(tmp_path)
