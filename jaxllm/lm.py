@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -81,12 +81,17 @@ _STAGES = {"load": 0, "init": 0, "compact": 1, "prune": 1, "quantize": 2, "quant
 
 def require_order(lm: LM, name: str) -> None:
     """Raises ValueError when transform `name` may not follow what the ledger holds."""
-    if unknown := [entry.name for entry in lm.ledger if entry.name not in _STAGES]:
+    check_order([entry.name for entry in lm.ledger], name)
+
+
+def check_order(done: Sequence[str], name: str) -> None:
+    """Raises ValueError when transform `name` may not follow the transforms `done`, naming those that may."""
+    if unknown := [other for other in (*done, name) if other not in _STAGES]:
         raise ValueError(f"The ledger has {unknown[0]!r}, which this version does not know; known: {[*_STAGES]}.")
     stage = _STAGES[name]
     if stage is None:
         return
-    if late := [entry.name for entry in lm.ledger if (_STAGES[entry.name] or 0) > stage]:
+    if late := [other for other in done if (_STAGES[other] or 0) > stage]:
         before = [other for other, at in _STAGES.items() if at and at <= stage]
         raise ValueError(
             f"{name} cannot follow {late[0]}: it needs float weights. "
@@ -99,7 +104,8 @@ def record(lm: LM, name: str, args: Mapping[str, Any], touched: Iterable[str], *
     counts = Counter(re.sub(r"\d+", "N", path) for path in touched)
     state = [dataclasses.asdict(lm.cfg), [dataclasses.asdict(entry) for entry in lm.ledger]]
     parent = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
-    return dataclasses.replace(lm, ledger=(*lm.ledger, Entry(name, dict(args), dict(counts), parent)), **changes)
+    args = json.loads(json.dumps(args))  # equal to what a saved ledger is read back as: a tuple is a list
+    return dataclasses.replace(lm, ledger=(*lm.ledger, Entry(name, args, dict(counts), parent)), **changes)
 
 
 def init(cfg: ModelConfig, seed: int = 0) -> LM:
