@@ -11,7 +11,7 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (3, 20)).astype(np.int32)
 
 
 def test_figures_equal_float64_numpy(tiny):
-    other = jaxllm.prune_magnitude(0.5)(tiny)
+    other = jaxllm.prune(0.5)(tiny)
     quality = jaxllm.compare(other, tiny, TOKENS)
 
     def log_probs(lm):
