@@ -3,8 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm import arrays
+from jaxllm import arrays, formats
 from jaxllm.arrays import QArray
+
+INT8 = formats.parse("int8")
 
 
 def weight(shape, seed=0):
@@ -14,18 +16,19 @@ def weight(shape, seed=0):
 @pytest.mark.parametrize(("shape", "contracted"), [((7, 5, 12), 1), ((9, 3, 4), 2), ((5, 1), 1)])
 def test_rounding_error_is_at_most_half_a_step_and_zeros_stay(shape, contracted):
     w = weight(shape).at[0].set(0.0).at[1, 0].set(0.0)
-    q = arrays.quantize(w, contracted)
+    q = formats.quantize(w, contracted, INT8)
     assert q.values.dtype == jnp.int8
-    assert q.scale.shape == shape[: len(shape) - contracted] + (1,) * contracted
+    assert q.scale.shape == (*shape[: len(shape) - contracted], 1)
     error = jnp.abs(arrays.dequantize(q) - w)
-    assert bool(jnp.all(error <= q.scale / 2 * (1 + 1e-5)))
+    scale = q.scale.reshape(q.scale.shape[:-1] + (1,) * contracted)
+    assert bool(jnp.all(error <= scale / 2 * (1 + 1e-5)))
     assert bool(jnp.all(q.values[w == 0] == 0))
     assert int(jnp.max(jnp.abs(q.values))) == 127
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 127, 128, 300])
 def test_every_form_of_the_cpu_contraction_equals_float64(rows):
-    q = arrays.quantize(weight((10, 3, 64)), 1)
+    q = formats.quantize(weight((10, 3, 64)), 1, INT8)
     x = weight((rows, 64), seed=1) * jnp.asarray(10.0 ** np.arange(rows).clip(0, 5)[:, None], jnp.float32)
     y = arrays.einsum("BK,NHK->BNH", x, q)
     exact = np.einsum("bk,nhk->bnh", np.asarray(x, np.float64), np.asarray(arrays.dequantize(q), np.float64))
@@ -35,12 +38,12 @@ def test_every_form_of_the_cpu_contraction_equals_float64(rows):
 
 
 def test_a_row_of_zeros_stays_zero():
-    q = arrays.quantize(weight((4, 8)), 1)
+    q = formats.quantize(weight((4, 8)), 1, INT8)
     np.testing.assert_array_equal(arrays.einsum("BK,NK->BN", jnp.zeros((2, 8)), q), np.zeros((2, 4)))
 
 
 def test_the_default_form_equals_the_cpu_form():
-    q, x = arrays.quantize(weight((6, 4, 32)), 1), weight((3, 32), seed=2)
+    q, x = formats.quantize(weight((6, 4, 32)), 1, INT8), weight((3, 32), seed=2)
     np.testing.assert_allclose(arrays._contract(1, x, q), arrays._contract_cpu(1, x, q), atol=2e-3, rtol=1e-4)
 
 
@@ -70,7 +73,7 @@ def test_shapes_that_do_not_contract_are_refused():
 
 
 def test_take_equals_rows_of_the_dequantised_table():
-    q = arrays.quantize(weight((20, 6)), 1)
+    q = formats.quantize(weight((20, 6)), 1, INT8)
     rows = jnp.asarray([[3, 19], [0, 3]])
     np.testing.assert_array_equal(arrays.take(q, rows, jnp.float32), arrays.dequantize(q)[rows])
 
@@ -88,6 +91,6 @@ def test_a_tap_sees_what_its_weight_is_applied_to():
 
 
 def test_a_quantised_array_is_a_pytree_whose_first_leaf_has_the_weights_shape():
-    q = arrays.quantize(weight((4, 8)), 1)
+    q = formats.quantize(weight((4, 8)), 1, INT8)
     assert [leaf.shape for leaf in jax.tree.leaves(q)] == [(4, 8), (4, 1)]
     assert isinstance(jax.tree.map(lambda a: a, q), QArray)

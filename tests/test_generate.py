@@ -92,7 +92,7 @@ def test_repetition_penalty_counts_prompt_and_answer(tiny):
 @pytest.mark.parametrize("mesh", [{"model": 4}, {"data": 2, "model": 2}, {"data": 4}])
 @pytest.mark.parametrize("quantised", [False, True])
 def test_sharded_equals_unsharded(tiny, mesh, quantised):
-    lm = jaxllm.quantize_int8()(tiny) if quantised else tiny
+    lm = jaxllm.quantize("int8")(tiny) if quantised else tiny
     prompts = [list(range(3 + n, 40 - n)) for n in range(4)]
     plain = jaxllm.compile(lm, batch=4, max_len=64).generate(prompts, max_new_tokens=12)
     engine = jaxllm.compile(lm, batch=4, max_len=64, mesh=jaxllm.make_mesh(**mesh))
@@ -185,5 +185,5 @@ def test_a_prefill_plan_covers_the_prompt_and_starts_at_whole_chunks(length):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_dtype_generates(dtype):
     lm = jaxllm.init(dataclasses.replace(FAMILIES["qwen3"], dtype=dtype))
-    for model in (lm, jaxllm.quantize_int8()(lm)):
+    for model in (lm, jaxllm.quantize("int8")(lm)):
         assert len(jaxllm.compile(model, max_len=32).generate([[1, 2]], max_new_tokens=5)[0].tokens) == 5

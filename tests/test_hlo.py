@@ -18,7 +18,7 @@ CONFIG = dataclasses.replace(TINY, vocab_size=320, embed_dim=40, num_heads=6, nu
 
 @pytest.fixture(scope="module")
 def programs():
-    lm = jaxllm.quantize_int8()(jaxllm.init(CONFIG))
+    lm = jaxllm.quantize("int8")(jaxllm.init(CONFIG))
     shapes = jax.eval_shape(lambda params: params, lm.params)  # shapes are enough
     return lm, compile_programs(lm.cfg, shapes, batch=1, max_len=512)
 

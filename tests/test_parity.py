@@ -45,7 +45,7 @@ def test_every_logit_of_smollm2_equals_transformers(smollm2, tmp_path):
 
 def test_int8_costs_smollm2_less_than_a_hundredth_of_a_nat(smollm2):
     tokens = jaxllm.token_windows(smollm2, jaxllm.evaluation_text(), 256, 4)
-    quality = jaxllm.compare(jaxllm.quantize_int8()(smollm2), smollm2, tokens)
+    quality = jaxllm.compare(jaxllm.quantize("int8")(smollm2), smollm2, tokens)
     assert quality.perplexity == pytest.approx(jaxllm.perplexity(smollm2, tokens), rel=0.006)
     assert quality.kl < 0.01
     assert quality.top1 > 0.93

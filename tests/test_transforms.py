@@ -9,7 +9,7 @@ import jaxllm
 from jaxllm import calibrate
 from jaxllm.arrays import QArray, dequantize
 from jaxllm.params import flatten, unflatten
-from jaxllm.transforms.prune import _zero_smallest
+from jaxllm.transforms.mask import below_threshold, global_threshold
 from tests.conftest import FAMILIES
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (3, 40)).astype(np.int32)
@@ -21,7 +21,7 @@ def zeros(lm, path):
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.999])
 def test_sparsity_is_exact_in_every_layer_and_the_smallest_go(tiny, sparsity):
-    pruned = jaxllm.prune_magnitude(sparsity)(tiny)
+    pruned = jaxllm.prune(sparsity)(tiny)
     for path, before in flatten(tiny.params).items():
         after = np.asarray(flatten(pruned.params)[path])
         before = np.asarray(before)
@@ -36,7 +36,7 @@ def test_sparsity_is_exact_in_every_layer_and_the_smallest_go(tiny, sparsity):
 
 
 def test_global_sparsity_is_exact_over_all_layers(tiny):
-    pruned = jaxllm.prune_magnitude(0.4, scope="global")(tiny)
+    pruned = jaxllm.prune(0.4, scope="global")(tiny)
     paths = [path for path, info in tiny.info.items() if info.contracted and path.startswith("layers_")]
     total = sum(np.prod(tiny.info[path].shape) for path in paths)
     assert sum(zeros(pruned, path) for path in paths) == int(0.4 * total)
@@ -45,14 +45,18 @@ def test_global_sparsity_is_exact_over_all_layers(tiny):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_ties_are_broken_in_order_across_leaves(dtype):
-    leaves = [jnp.asarray([1, -2, 2, 3], dtype), jnp.asarray([[2, -1], [2, 5]], dtype)]
-    pruned = _zero_smallest(leaves, 4)
-    np.testing.assert_array_equal(pruned[0], [0, 0, 0, 3])
-    np.testing.assert_array_equal(pruned[1], [[2, 0], [2, 5]])
+    scores = [jnp.abs(jnp.asarray(x, dtype)).astype(jnp.float32) for x in ([[1, -2, 2, 3]], [[2, -1], [2, 5]])]
+    threshold, ties = global_threshold([lambda: scores[0], lambda: scores[1]], 4)
+    gone = []
+    for score in scores:
+        marked, used = below_threshold(score, threshold, ties)
+        ties -= int(used)
+        gone.append(np.asarray(marked).tolist())
+    assert gone == [[[True, True, True, False]], [[False, True], [False, False]]]
 
 
 def test_quantised_model_equals_the_model_of_its_dequantised_weights(family):
-    quantised = jaxllm.quantize_int8()(family)
+    quantised = jaxllm.quantize("int8")(family)
     leaves = flatten(quantised.params)
     assert all(isinstance(leaves[path], QArray) == bool(info.contracted) for path, info in family.info.items())
     params = unflatten({path: dequantize(leaf) for path, leaf in leaves.items()})
@@ -61,18 +65,18 @@ def test_quantised_model_equals_the_model_of_its_dequantised_weights(family):
 
 
 def test_quantisation_is_selectable_by_path_and_can_be_done_in_steps(tiny):
-    some = jaxllm.quantize_int8(match=r".*/mlp/.*")(tiny)
+    some = jaxllm.quantize({r".*/mlp/.*": "int8"})(tiny)
     quantised = {path for path, leaf in flatten(some.params).items() if isinstance(leaf, QArray)}
     assert quantised == {path for path in tiny.info if "/mlp/" in path}
-    rest = jaxllm.quantize_int8()(some)
-    full = jaxllm.quantize_int8()(tiny)
+    rest = jaxllm.quantize({r".*/mlp/.*": None, ".*": "int8"})(some)
+    full = jaxllm.quantize("int8")(tiny)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), rest.params, full.params))
     with pytest.raises(ValueError, match="quantised already"):
-        jaxllm.quantize_int8()(full)
+        jaxllm.quantize("int8")(full)
 
 
 def test_zeros_survive_quantisation(tiny):
-    lm = jaxllm.chain(jaxllm.prune_magnitude(0.5), jaxllm.quantize_int8())(tiny)
+    lm = jaxllm.chain(jaxllm.prune(0.5), jaxllm.quantize("int8"))(tiny)
     q = flatten(lm.params)["layers_0/mlp/up/w"]
     assert int(jnp.sum(q.values == 0)) >= q.size // 2
 
@@ -92,7 +96,7 @@ def silenced(lm, kept):
 
 def test_a_compacted_model_equals_the_masked_one(family):
     lm = family
-    small = jaxllm.compact(ffn=40, kv_heads=3, calibration=TOKENS)(lm)
+    small = jaxllm.compact(ffn=40, kv_heads=3, correct=False, calibration=TOKENS)(lm)
     assert (small.cfg.ffw_dim, small.cfg.num_kv_heads, small.cfg.num_heads) == (40, 3, 6)
     before, after = flatten(lm.params), flatten(small.params)
     kept = {"ffw": {}, "heads": {}}
@@ -124,7 +128,7 @@ def test_the_layers_that_stay_are_those_that_matter(tiny):
         flat[f"layers_1/{out}/w"] = flat[f"layers_1/{out}/w"] * 1e-4
     lm = dataclasses.replace(tiny, params=unflatten(flat))
     small = jaxllm.compact(layers=2, calibration=TOKENS)(lm)
-    assert small.ledger[-1].args["kept_layers"] == [0, 2]
+    assert small.ledger[-1].args["layers"] == [0, 2]
     np.testing.assert_allclose(jaxllm.logits(small, TOKENS), jaxllm.logits(lm, TOKENS), atol=2e-2)
     assert jaxllm.compile(small, max_len=32).generate([[1, 2]], max_new_tokens=4)
 
@@ -139,7 +143,9 @@ def test_fractions_of_the_ffn_are_whole_tiles(keep, have, count):
 
 
 def test_statistics_equal_numpys(tiny):
-    found = calibrate.input_mean_squares(tiny, TOKENS, ["layers_0/attn/q/w"])["layers_0/attn/q/w"]
+    walk = calibrate.Walk(TOKENS)
+    walk.embed(tiny.cfg, tiny.params["embed"])
+    found = walk.inputs(tiny.cfg.layer(0), tiny.params["layers_0"], ["mean_square"])["attn_norm"].mean_square
     flat = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(tiny.params).items()}
     x = flat["embed/w"][TOKENS]
     x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + tiny.cfg.norm_eps) * flat["layers_0/attn_norm/w"]
@@ -147,11 +153,15 @@ def test_statistics_equal_numpys(tiny):
 
 
 def test_the_ledger_tells_what_was_done(tiny):
-    lm = jaxllm.chain(jaxllm.compact(ffn=32, calibration=TOKENS), jaxllm.prune_magnitude(0.5), jaxllm.quantize_int8())(
-        tiny
-    )
-    assert [entry.name for entry in lm.ledger] == ["init", "compact", "prune_magnitude", "quantize_int8"]
-    assert lm.ledger[2].args == {"sparsity": 0.5, "match": r"layers_\d+/.*", "scope": "layer"}
+    lm = jaxllm.chain(jaxllm.compact(ffn=32, calibration=TOKENS), jaxllm.prune(0.5), jaxllm.quantize("int8"))(tiny)
+    assert [entry.name for entry in lm.ledger] == ["init", "compact", "prune", "quantize"]
+    assert lm.ledger[2].args == {
+        "sparsity": 0.5,
+        "method": "magnitude",
+        "pattern": "unstructured",
+        "scope": "layer",
+        "match": r"layers_\d+/.*",
+    }
     assert lm.ledger[2].touched["layers_N/mlp/gate/w"] == 3
     assert len({entry.parent for entry in lm.ledger}) == 4
     assert tiny.ledger == lm.ledger[:1]
@@ -160,13 +170,13 @@ def test_the_ledger_tells_what_was_done(tiny):
 @pytest.mark.parametrize(
     ("transform", "message"),
     [
-        (lambda: jaxllm.prune_magnitude(1.0), r"sparsity is 1.0; expected .* \[0, 1\)"),
-        (lambda: jaxllm.prune_magnitude(-0.1), "sparsity is -0.1"),
-        (lambda: jaxllm.prune_magnitude(0.5, scope="world"), 'scope is .*"layer" or "global"'),
-        (lambda: jaxllm.prune_magnitude(0.5, match="mlp"), r"No weight path matches 'mlp'.*layers_N/mlp/gate/w"),
-        (lambda: jaxllm.prune_magnitude(0.5, match="("), "not a regular expression"),
-        (lambda: jaxllm.quantize_int8(match="nothing"), "No weight path matches"),
-        (lambda: jaxllm.quantize_int8(match=".*norm.*"), "No weight path matches"),
+        (lambda: jaxllm.prune(1.0), r"sparsity is 1.0; expected .* \[0, 1\)"),
+        (lambda: jaxllm.prune(-0.1), "sparsity is -0.1"),
+        (lambda: jaxllm.prune(0.5, scope="world"), 'scope is .*"layer" or "global"'),
+        (lambda: jaxllm.prune(0.5, match="mlp"), r"No weight path matches 'mlp'.*layers_N/mlp/gate/w"),
+        (lambda: jaxllm.prune(0.5, match="("), "not a regular expression"),
+        (lambda: jaxllm.quantize({"nothing": "int8"}), "No weight path matches"),
+        (lambda: jaxllm.quantize({".*norm.*": "int8"}), "No weight path matches"),
         (lambda: jaxllm.compact(), "asked for nothing"),
         (lambda: jaxllm.compact(ffn=0.0, calibration=TOKENS), "ffn=0.0 keeps a fraction"),
         (lambda: jaxllm.compact(ffn=65, calibration=TOKENS), "ffn=65: the model has 64"),
@@ -175,8 +185,8 @@ def test_the_ledger_tells_what_was_done(tiny):
         (lambda: jaxllm.compact(layers=2, calibration=TOKENS + 200), "token ids run from"),
         (lambda: jaxllm.compact(layers=2), "no tokenizer"),
         (lambda: jaxllm.compact(layers=2, calibration=TOKENS[:, :1]), "at least two a window"),
-        (lambda: jaxllm.chain(jaxllm.quantize_int8(), jaxllm.prune_magnitude(0.5)), "cannot follow quantize_int8"),
-        (lambda: jaxllm.chain(jaxllm.quantize_int8(), jaxllm.compact(ffn=32)), "cannot follow quantize_int8"),
+        (lambda: jaxllm.chain(jaxllm.quantize("int8"), jaxllm.prune(0.5)), "cannot follow quantize"),
+        (lambda: jaxllm.chain(jaxllm.quantize("int8"), jaxllm.compact(ffn=32)), "cannot follow quantize"),
     ],
 )
 def test_nonsense_is_refused(tiny, transform, message):
