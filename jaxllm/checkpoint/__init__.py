@@ -1,5 +1,7 @@
 """Weights in and out: Hugging Face and GGUF in, Hugging Face out, and jaxllm's own format both ways.
 
+Checkpoints that are quantised already come in as compressed-tensors, GPTQ and AWQ, and go out as compressed-tensors.
+
 The only code that reads or writes weights. Files are a stranger's: names, shapes, types and sizes are checked from
 headers before a weight is read, and nothing here runs code that came with them.
 """
@@ -15,7 +17,7 @@ from jaxllm.checkpoint import hf, native
 from jaxllm.compile import use_compilation_cache
 from jaxllm.lm import LM
 
-__all__ = ["export_hf", "load", "load_path", "save"]
+__all__ = ["export_compressed", "export_hf", "load", "load_path", "save"]
 
 
 def load(
@@ -37,7 +39,8 @@ def load_path(path: str | os.PathLike[str], *, origin: str, dtype: str | None = 
 
     origin: where the files come from, in a line, for the ledger. A directory of `save` has a ledger already.
     dtype: of float weights and activations: "float32", "bfloat16" or "float16". None keeps the checkpoint's, and
-        means float32 for a quantised GGUF, whose weights are dequantised.
+        means float32 for a quantised GGUF, whose weights are dequantised. Weights that compressed-tensors, GPTQ or
+        AWQ quantised stay as they are stored.
     Memory: the weights, one tensor more, and what Python and JAX take.
     Raises FileNotFoundError when nothing is there, ValueError when it cannot be read, before reading weights where
     headers tell.
@@ -72,7 +75,25 @@ def save(lm: LM, path: str | os.PathLike[str]) -> None:
 def export_hf(lm: LM, path: str | os.PathLike[str]) -> None:
     """Writes a Hugging Face directory that transformers loads: config, safetensors in shards of 2 GB, tokenizer.
 
-    Quantised weights are written dequantised, in `lm.cfg.dtype`; the ledger is left out.
+    Quantised weights are written dequantised, in `lm.cfg.dtype`: see `export_compressed`. The ledger is left out.
     All or nothing, and raises as `save` does; ValueError when no Hugging Face architecture is this model.
     """
     hf.export(lm, Path(path))
+
+
+def export_compressed(lm: LM, path: str | os.PathLike[str], *, log: Callable[[str], None] | None = None) -> None:
+    """Writes a Hugging Face directory whose weights stay quantised, as compressed-tensors, which vLLM reads.
+
+    int4 and int8, by channel or group, symmetric or affine, become "pack-quantized"; "w8a8" and "w8a8-static"
+    "int-quantized"; "fp8" "float-quantized". Values, scales and zero points are written as they are: `load_path` gives
+    the same weights back, bit for bit.
+    log: told what the format leaves out or changes. Embedding and head are written dequantised, in `lm.cfg.dtype`, for
+        vLLM quantises linear layers only. An int8 KV cache is left out: the format has no scale for each token. So is
+        the ledger.
+    vLLM casts the scales of packed weights to the type it computes in: float32 scales lose bits there, bfloat16 ones in
+    a bfloat16 model do not. Its int8 activations reach -128, ours -127. Its kernels may want channels and groups in
+    multiples of 64 or 128.
+    All or nothing, and raises as `save` does; ValueError when no layer is quantised, when the format has no such
+    quantisation, and when q, k and v, or gate and up, which vLLM runs as one matmul, are not quantised alike.
+    """
+    hf.export_compressed(lm, Path(path), log)

@@ -3,83 +3,147 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jaxllm import config
-from jaxllm.arrays import Weight, dequantize
-from jaxllm.checkpoint import names
+from jaxllm.arrays import QArray, Weight
+from jaxllm.checkpoint import compressed, gptq_awq, names
 from jaxllm.checkpoint.native import check_leaves, describe, load_tokenizer, new_directory
+from jaxllm.checkpoint.tensors import (
+    FLOATS,
+    Header,
+    Read,
+    Stored,
+    Tensor,
+    dense,
+    format_of,
+    open_file,
+    read_tensor,
+    to_leaf,
+    write_file,
+)
 from jaxllm.config import ModelConfig
-from jaxllm.lm import LM, Entry, param_info
+from jaxllm.lm import LM, Entry, param_info, record
 from jaxllm.params import flatten, unflatten
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 2_000_000_000
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 def load(path: Path, *, origin: str, dtype: str | None = None) -> LM:
-    """Reads a Hugging Face directory, one tensor at a time.
+    """Reads a Hugging Face directory, one tensor at a time. Weights that another tool quantised stay as they are.
 
-    dtype: None takes config.json's.
+    dtype: of float weights and activations; None takes config.json's.
     Raises ValueError, before any weight is read, for an architecture, a file, a tensor or a shape that is not as it
     should be. Pickles (pytorch_model.bin) are not read: they can run code.
     """
-    cfg = _read_config(path / "config.json", dtype)
-    files = {}
+    cfg, quantization = _read_config(path / "config.json", dtype)
+    files: dict[str, Path] = {}
+    headers: dict[str, Header] = {}
     for shard in _shards(path):
-        for name, shape in _read_header(shard).items():
+        for name, header in _read_header(shard).items():
             if name in files:
-                raise ValueError(f"{name} is in both {files[name][0]} and {shard}.")
-            files[name] = shard, shape
+                raise ValueError(f"{name} is in both {files[name]} and {shard}.")
+            files[name], headers[name] = shard, header
+
+    def read(name: str) -> np.ndarray:
+        return read_tensor(files[name], name, headers[name][0])
+
+    modules = _quantised(quantization, cfg, headers, read, path)
+    parts = {part for module in modules.values() for part in module.parts}
+    found = {name: header for name, header in headers.items() if name not in parts}
+    for name, (code, _) in found.items():
+        if code not in FLOATS:
+            raise ValueError(
+                f"{files[name]}: {name} is {code}; expected {', '.join(FLOATS)}. "
+                "Nothing in config.json's quantization_config says how it is quantised."
+            )
     # Rotary frequencies follow from the config; old checkpoints store them all the same.
-    ignored = {name for name in files if name.endswith(".rotary_emb.inv_freq")}
+    ignored = {name for name in found if name.endswith(".rotary_emb.inv_freq")}
     ignored |= {"lm_head.weight"} if cfg.tie_embeddings else set()
-    found = {name: shape for name, (_, shape) in files.items()}
-    stored = names.match(cfg, "hf", found, path, ignored)
+    shapes = {name: shape for name, (_, shape) in found.items()}
+    shapes |= {f"{name}.weight": module.shape for name, module in modules.items()}
+    stored = names.match(cfg, "hf", shapes, path, ignored)
     tokenizer = load_tokenizer(path)
     info = param_info(cfg)
-    flat = {}
+    flat: dict[str, Weight] = {}
     for key, name in stored.items():
-        # A mapping of its own for each tensor: pages that were read count as memory in use until it is closed.
-        with _open(files[name][0]) as file:
-            flat[key] = names.to_device(file.get_tensor(name), info[key].shape, cfg.dtype, name)
+        if module := modules.get(name.removesuffix(".weight")):
+            flat[key] = to_leaf(module.read(read), info[key], name)
+        else:
+            flat[key] = names.to_device(read(name), info[key].shape, cfg.dtype, name)
     args = {"origin": origin, "format": "safetensors", "dtype": cfg.dtype}
-    return LM(cfg, unflatten(flat), (Entry("load", args),), tokenizer)
+    lm = LM(cfg, unflatten(flat), (Entry("load", args),), tokenizer)
+    quantised = {key: format_of(leaf).name for key, leaf in flat.items() if isinstance(leaf, QArray)}
+    if not quantised:
+        return lm
+    assert quantization is not None
+    how = {"format": ", ".join(sorted(set(quantised.values()))), "method": f"imported: {quantization['quant_method']}"}
+    return record(lm, "quantize", how, quantised)
+
+
+def _quantised(
+    quantization: Any, cfg: ModelConfig, headers: Mapping[str, Header], read: Read, path: Path
+) -> dict[str, Stored]:
+    """{module: its quantised weight}, by config.json's quantization_config; what is wrong with it raises ValueError."""
+    if not quantization:
+        return {}
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    find = {compressed.METHOD: compressed.find, "gptq": gptq_awq.find_gptq, "awq": gptq_awq.find_awq}.get(str(method))
+    if find is None:
+        raise ValueError(
+            f"{path / 'config.json'} asks for quant_method {method!r}. Supported: {compressed.METHOD}, gptq, awq. "
+            "Or take the original checkpoint and quantise it here."
+        )
+    try:
+        modules = find(quantization, cfg, headers, read)
+    except ValueError as error:
+        raise ValueError(f"{path}, quantised by {method}: {error}") from error
+    if not modules:
+        raise ValueError(f"{path}: its config.json says that {method} quantised it, and no tensor is quantised.")
+    return modules
 
 
 def export(lm: LM, path: Path) -> None:
     """Writes a directory that transformers loads; see `checkpoint.export_hf`."""
-    hf = config.to_hf(lm.cfg)
+    flat = flatten(lm.params)
+    check_leaves(lm.cfg, {key: describe(leaf) for key, leaf in flat.items()}, "This model")
+    info = param_info(lm.cfg)
+    stored = {names.stored_name(key, "hf"): (leaf, names.stored_shape(info[key])) for key, leaf in flat.items()}
+    _write(lm, path, {name: dense(leaf, shape, lm.cfg.dtype) for name, (leaf, shape) in stored.items()}, {})
+
+
+def export_compressed(lm: LM, path: Path, log: Callable[[str], None] | None) -> None:
+    """Writes a directory that vLLM loads; see `checkpoint.export_compressed`."""
+    config.to_hf(lm.cfg)  # what no architecture has is refused first
+    tensors, quantization = compressed.plan(lm, log)
+    _write(lm, path, tensors, {"quantization_config": quantization})
+
+
+def _write(lm: LM, path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
+    hf = config.to_hf(lm.cfg) | dict(extra)
     # Llama's defaults are 1 and 2, whatever the tokenizer.
     hf["bos_token_id"] = lm.tokenizer.bos_id if lm.tokenizer else None
     hf["eos_token_id"] = (sorted(lm.tokenizer.stop_ids) or None) if lm.tokenizer else None
-    flat = flatten(lm.params)
-    check_leaves(lm.cfg, {key: describe(leaf) for key, leaf in flat.items()}, "This model")
-    item_bytes = jnp.dtype(lm.cfg.dtype).itemsize
-    shards: list[list[str]] = [[]]
+    shards: list[dict[str, Tensor]] = [{}]
     room = _SHARD_BYTES
-    for key, leaf in flat.items():
-        nbytes = leaf.size * item_bytes
-        if nbytes > room and shards[-1]:
-            shards.append([])
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append({})
             room = _SHARD_BYTES
-        shards[-1].append(key)
-        room -= nbytes
-    total = lm.num_params * item_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    total = sum(tensor.nbytes for tensor in tensors.values())
     with new_directory(path, total) as temp:
         weight_map = {}
-        for i, keys in enumerate(shards, 1):
+        for i, shard in enumerate(shards, 1):
             file = _SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-            _write(temp / file, lm.cfg, {key: flat[key] for key in keys})
-            weight_map |= {names.stored_name(key, "hf"): file for key in keys}
+            write_file(temp / file, shard)
+            weight_map |= dict.fromkeys(shard, file)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (temp / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -88,10 +152,12 @@ def export(lm: LM, path: Path) -> None:
         (temp / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_config(file: Path, dtype: str | None) -> ModelConfig:
+def _read_config(file: Path, dtype: str | None) -> tuple[ModelConfig, Any]:
+    """And quantization_config, as it is."""
     hf = names.read_json(file) | ({} if dtype is None else {"dtype": dtype})
+    quantization = hf.pop("quantization_config", None)
     try:
-        return config.from_hf(hf)
+        return config.from_hf(hf), quantization
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
@@ -122,53 +188,8 @@ def _shards(path: Path) -> Iterable[Path]:
     return [path / name for name in shards]
 
 
-def _open(file: Path):
-    try:
-        return safe_open(file, framework="numpy")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is no complete safetensors file: {error}.") from error
-
-
-def _read_header(file: Path) -> dict[str, tuple[int, ...]]:
-    """{tensor name: shape}."""
-    shapes = {}
-    with _open(file) as opened:
-        for name in opened.keys():  # noqa: SIM118 - it is no dict
-            tensor = opened.get_slice(name)
-            shapes[name] = tuple(tensor.get_shape())
-            if tensor.get_dtype() not in _DTYPES:
-                raise ValueError(
-                    f"{file}: {name} is {tensor.get_dtype()}; expected {', '.join(_DTYPES)}. "
-                    "Checkpoints that another tool quantised are not read: take the original and quantise it here."
-                )
-    return shapes
-
-
-def _write(file: Path, cfg: ModelConfig, flat: Mapping[str, Weight]) -> None:
-    """A safetensors file, tensor by tensor: the library's own writer copies all of them first.
-
-    Format: 8 bytes of header size, the header in JSON, the tensors. huggingface.co/docs/safetensors.
-    """
-    info, item_bytes = param_info(cfg), jnp.dtype(cfg.dtype).itemsize
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for key, leaf in flat.items():
-        end = start + leaf.size * item_bytes
-        header[names.stored_name(key, "hf")] = {
-            "dtype": _CODES[cfg.dtype],
-            "shape": names.stored_shape(info[key]),
-            "data_offsets": [start, end],
-        }
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for leaf in flat.values():
-            out.write(_to_host(leaf, cfg.dtype).view(np.uint8).data)
-
-
-def _to_host(leaf: Weight, dtype: str) -> np.ndarray:
-    # A jax.Array keeps the host copy it once made; that of the reshaped one dies with it.
-    flat: jax.Array = dequantize(leaf).astype(dtype).reshape(-1)
-    return np.ascontiguousarray(flat)
+def _read_header(file: Path) -> dict[str, Header]:
+    """{tensor name: type and shape}."""
+    with open_file(file) as opened:
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+        return {name: (tensor.get_dtype(), tuple(tensor.get_shape())) for name, tensor in slices.items()}
