@@ -79,12 +79,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="ffn=0.75,kv_heads=2,layers=24",
         help="what is kept, smaller shapes: a fraction (with a point) or a count",
     )
-    sub.add_argument("--no-correct", action="store_true", help="leave the weights that read what --compact keeps as they are")
+    sub.add_argument("--no-correct", action="store_true", help="do not fit weights anew to what --compact keeps")
     sub.add_argument("--prune", choices=("magnitude", "wanda", "sparsegpt"), help="zero the weights that matter least")
     sub.add_argument("--sparsity", type=float, help="fraction of zeros, with --prune")
     sub.add_argument("--pattern", metavar="unstructured|2:4|4:8|16x16", help="of the zeros (default: unstructured)")
     sub.add_argument(
-        "--scope", choices=("layer", "global", "sensitivity"), help="of --sparsity: each matrix (default), or all together"
+        "--scope",
+        choices=("layer", "global", "sensitivity"),
+        help="of --sparsity: each matrix (default) or all together",
     )
     sub.add_argument("--prune-match", metavar="REGEX", help="weight paths to prune (default: those in layers)")
     sub.add_argument("--quantize", metavar="FORMAT", help=f"of weights: {formats.NAMES}")
@@ -105,7 +107,9 @@ def parser() -> argparse.ArgumentParser:
     calibration(sub)
     sub.add_argument("--out", type=Path, required=True, help="directory to write; must not exist or be empty")
     sub.add_argument(
-        "--stream", action="store_true", help="a layer at a time, for models larger than memory; if stopped, run it again"
+        "--stream",
+        action="store_true",
+        help="a layer at a time, for models larger than memory; run it again to go on",
     )
     sub.add_argument("--dry-run", action="store_true", help="check names, shapes and disk space, and write nothing")
     sub.add_argument("--no-report", action="store_true", help="do not measure speed and quality of each step")
@@ -126,10 +130,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", choices=get_args(Method), default="rtn", help="of rounding (default %(default)s)")
     sub.add_argument("--clip", choices=get_args(Clip), default="mse", help="the range kept (default %(default)s)")
     sub.add_argument(
-        "--sensitivity-windows", type=int, default=1, help="of the calibration text, for each layer (default %(default)s)"
+        "--sensitivity-windows",
+        type=int,
+        default=1,
+        help="of the calibration text, for a layer (default %(default)s)",
     )
     calibration(sub)
-    sub.add_argument("--out", type=Path, required=True, metavar="RECIPE.py", help="recipe to write; a plot goes beside it")
+    sub.add_argument("--out", type=Path, required=True, metavar="RECIPE.py", help="recipe to write; a plot beside it")
     windows(sub, 6)
 
     sub = command("bisect", "name the transform and the layer that broke a model")

@@ -94,5 +94,3 @@ def print_report(result: Any, out: Path) -> None:
     report.plot(result, out / "report.png")
     (out / "report.json").write_text(json.dumps(finite(dataclasses.asdict(result)), indent=2) + "\n")
     log(f"wrote {out / 'report.png'} and {out / 'report.json'}")
-
-

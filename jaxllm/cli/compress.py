@@ -6,18 +6,16 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import jaxllm
-from jaxllm import formats, report
+from jaxllm import report
 from jaxllm import search as searching
 from jaxllm.bisect import bisect as find_culprit
 from jaxllm.bisect import table as bisect_table
-from jaxllm.checkpoint.stream import optimize_checkpoint
 from jaxllm.cli import common
 from jaxllm.generate import choose_max_len
 from jaxllm.lm import LM, Transform
@@ -85,11 +83,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def _steps(args: argparse.Namespace, lm: LM) -> dict[str, Transform]:
     """By name, in the order they are done. Everything that can be refused without the weights is."""
-    calibration = None
-    if args.calibration is not None:
-        characters = 12 * args.calibration_windows * args.calibration_tokens  # more than the tokens can have
-        text = read_text(args.calibration, max_chars=characters)
-        calibration = jaxllm.token_windows(lm, text, args.calibration_tokens, args.calibration_windows)
+    calibration = _calibration(args, lm)
     if args.recipe is not None:
         recipe = load_recipe(args.recipe, calibration)
         return {f"{number}": transform for number, transform in enumerate(recipe.transforms, 1)}
@@ -108,6 +102,14 @@ def _steps(args: argparse.Namespace, lm: LM) -> dict[str, Transform]:
     if args.kv is not None:
         steps["kv int8"] = jaxllm.quantize_kv()
     return steps
+
+
+def _calibration(args: argparse.Namespace, lm: LM) -> Any:
+    if args.calibration is None:
+        return None
+    characters = 12 * args.calibration_windows * args.calibration_tokens  # more than the tokens are likely to have
+    text = read_text(args.calibration, max_chars=characters)
+    return jaxllm.token_windows(lm, text, args.calibration_tokens, args.calibration_windows)
 
 
 def _given(args: argparse.Namespace, **names: str) -> dict[str, Any]:
@@ -159,7 +161,9 @@ def search(args: argparse.Namespace) -> dict[str, Any]:
     searching.write_recipe(result, args.out, args.model)
     picture = args.out.with_suffix(".png")
     searching.plot(result, picture)
-    table = Table(caption=f"Original: {result.original_cost:.5g} {result.unit}, perplexity {result.original.perplexity:.2f}")
+    table = Table(
+        caption=f"Original: {result.original_cost:.5g} {result.unit}, perplexity {result.original.perplexity:.2f}"
+    )
     for column in ("mix", result.unit, "parameters", "MB", "KL predicted", "KL", "top-1", "perplexity"):
         table.add_column(column, justify="left" if column == "mix" else "right")
     for i, found in enumerate(result.candidates):

@@ -184,5 +184,3 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     jaxllm.export_hf(lm, args.out)
     common.log(f"wrote {args.out}")
     return {"out": str(args.out)}
-
-

@@ -42,9 +42,9 @@ def compact(
     calibration: integer ids [N, T] of the text that decides, T >= 2; by default the one that ships with the package.
         Layers are judged on its first window.
 
-    A channel's score is the part of the output that is lost with it: the mean square of its activation times the squared
-    norm of the weights that read it (the "down" column), or with `correct` what is lost after the others have made up
-    for it. A KV head's is the same summed over its query heads and "o". A layer's is how far the predictions move (KL)
+    A channel's score is the part of the output that is lost with it: the mean square of its activation times the
+    squared norm of the weights that read it (the "down" column), or with `correct` what is lost after the others have
+    made up for it. A KV head's is the same summed over its query heads and "o". A layer's is how far the predictions move (KL)
     without it. Weights alone do not do: a few channels with small weights carry most of the signal.
 
     Raises ValueError for a count that is not there and for a model that is quantised already.
@@ -122,7 +122,7 @@ def _count(name: str, keep: int | float | None, have: int, tile: int = 1) -> int
 
 
 def _choose_layers(lm: LM, kept: int | list[int], tokens_NT: np.ndarray) -> list[int]:
-    """The most needed layers: the one whose absence moves the predictions least goes first, then the next in what is left."""
+    """The most needed layers: that whose absence moves the predictions least goes first, then the next of the rest."""
     assert isinstance(kept, int)
     remaining = list(range(lm.cfg.num_layers))
     while len(remaining) > kept:
@@ -196,7 +196,7 @@ def _narrow(leaves: dict[str, Any], reader: str, inputs: Inputs, unit: int, coun
 
 @functools.partial(jax.jit, static_argnums=2)
 def _lost(w_NK: jax.Array, hessian_KK: jax.Array, correct: bool) -> jax.Array:
-    """[K]: the mean square of the output that goes with each input; with `correct`, what the others cannot make up for."""
+    """[K]: the mean square of the output that goes with an input; with `correct`, what others cannot make up for."""
     norms_K = jnp.sum(jnp.square(w_NK), axis=0)
     if not correct:
         return norms_K * jnp.diagonal(hessian_KK)

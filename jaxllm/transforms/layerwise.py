@@ -67,7 +67,7 @@ class Layerwise:
 
 
 class Stage:
-    """One transform on its way through a model: its plan, and the residual stream that its statistics are taken from."""
+    """One transform on its way through a model: its plan, and the residual stream that its statistics come from."""
 
     def __init__(self, name: str, cfg: ModelConfig, plan: Plan):
         self.name, self.plan = name, plan

@@ -134,7 +134,7 @@ def _solve(
 ) -> jax.Array:
     """Settles the columns of a weight in order, blocks of `size` at a time. [K, N]: an input's weights lie together.
 
-    begin(block_CN, zeros_CN, start) -> state, when a block is reached. zeros_CN: where the weight was zero from the start.
+    begin(block_CN, zeros_CN, start) -> state, when a block is reached. zeros_CN: where the weight was zero at first.
     settle(i, block_CN, zeros_CN, start, state) -> (out_N, kept_N, state): for the block's i-th column what is put out
         for it, and the value that it has from now on.
     Returns out [K, N].

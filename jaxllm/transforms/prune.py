@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -42,14 +43,14 @@ def prune(
         corrected, and corrects them.
     pattern: "unstructured", "N:M" (keep N of M neighbouring inputs), or "RxC" (blocks of R outputs by C inputs go).
     scope: "layer" gives each matrix that sparsity. "global" and "sensitivity" give it to all matching ones together:
-        "global" by one threshold on the scores, "sensitivity" by a sparsity for each layer, chosen by the KL that pruning
-        the layer alone at several sparsities causes on the first calibration window.
+        "global" by one threshold on the scores, "sensitivity" by a sparsity for each layer, chosen by the KL that
+        pruning the layer alone, at several sparsities, causes on the first calibration window.
     match: regular expression for whole weight paths, where sparsity is one number.
     calibration: integer ids [N, T] that "wanda" and "sparsegpt" see; by default the text that ships with the package.
 
     The layers are pruned in order, each on what the pruned ones before it put out.
-    Raises ValueError for a pattern that a weight's shape does not divide, a rule or `match` that matches nothing, and for
-    a model that is quantised already.
+    Raises ValueError for a pattern that does not divide a weight, a rule or `match` that matches nothing, and for a
+    model that is quantised already.
     Sources: Han et al. 2015; Sun et al. 2024 (Wanda); Frantar & Alistarh 2023 (SparseGPT); Mishra et al. 2021 (2:4).
     """
     shape = parse_pattern(pattern)
@@ -142,7 +143,7 @@ def _zero(
     count: Any = int(sparsity * (w.size // (row * column)))
     if by_row:  # as evenly as the exact total allows
         ends = [int(sparsity * columns * r) for r in range(rows + 1)]
-        count = jnp.asarray([[b - a] for a, b in zip(ends, ends[1:], strict=False)], jnp.int32)
+        count = jnp.asarray([[b - a] for a, b in itertools.pairwise(ends)], jnp.int32)
     gone_NK = choose(score_NK, pattern, count, by_row)
     return jnp.where(gone_NK.reshape(w.shape), jnp.zeros((), w.dtype), w)
 

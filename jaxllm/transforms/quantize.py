@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import formats
-from jaxllm.arrays import INT8_MAX, QArray, Weight
+from jaxllm.arrays import INT8_MAX, QArray
 from jaxllm.calibrate import BIN_EDGES, SITE_OF, SITES, Inputs, Kind, calibration_tokens, describe
 from jaxllm.formats import Format
 from jaxllm.lm import LM, Transform, record, require_order
@@ -44,11 +44,12 @@ def quantize(
         {regular expression for whole weight paths: format, or None to stay float}, of which the first that matches a
         weight holds. A format alone is for all weights but embedding and head, which are "int8" unless it is "fp8".
         Norms and biases are never quantised.
-    method: "rtn" rounds to nearest. "gptq" rounds column by column and corrects the rest. "awq" and "smoothquant" first
-        rescale channels, which leaves the float model what it was: "awq" by the scale that loses least, "smoothquant" so
-        that activations are easier to round. Embedding and head are always rounded to nearest.
-    clip: the range of each group that the grid covers, when rounding to nearest: all of it; what has the least square
-        error; or 99.9 % of the weights. For "w8a8-static" that of the activations as well.
+    method: "rtn" rounds to nearest. "gptq" rounds column by column, those of loud inputs first, and corrects the rest.
+        "awq" and "smoothquant" first rescale channels, which leaves the float model what it was: "awq" by the scale
+        that loses least, "smoothquant" so that activations are easier to round. Embedding and head are always rounded
+        to nearest.
+    clip: the range of each group that the grid covers: all of it; that of the least square error; or 99.9 % of the
+        weights. For "w8a8-static" that of the activations as well.
     alpha: how far "smoothquant" moves the difficulty from activations (1) to weights (0).
     calibration: integer ids [N, T] for all but "rtn" with dynamic activations; by default the text that is shipped.
 

@@ -82,7 +82,8 @@ def awq(
     """
 
     def scale_of(site: str, found: Inputs, readers: dict[str, jax.Array]) -> jax.Array:
-        assert found.mean_abs is not None and found.hessian is not None
+        assert found.mean_abs is not None
+        assert found.hessian is not None
         tried = [_foldable(cfg, site, scale_K) for scale_K in awq_scales(found.mean_abs)]
         losses = [
             sum(output_error(w, s, found.hessian, contracted[name], formats[name]) for name, w in readers.items())
