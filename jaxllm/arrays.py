@@ -146,8 +146,8 @@ def _contract(contracted: int, x: jax.Array, w: Weight) -> jax.Array:
 def _flat(w: QArray) -> QArray:
     """The same weight as [N, K]."""
     rows = math.prod(w.scale.shape[:-1])
-    parts = (None if part is None else part.reshape(rows, -1) for part in (w.values, w.scale, w.zero_point))
-    return QArray(*parts, w.x_scale, w.int8_inputs)  # pyright: ignore[reportArgumentType]
+    zero_point = None if w.zero_point is None else w.zero_point.reshape(rows, -1)
+    return QArray(w.values.reshape(rows, -1), w.scale.reshape(rows, -1), zero_point, w.x_scale, w.int8_inputs)
 
 
 def _row(scale_N1: jax.Array) -> jax.Array:

@@ -57,7 +57,7 @@ class Space:
     def parts(self) -> list[Space]:
         """This space and those with less freedom. Damages do not quite add up, least of all those of whole layers, so
         the best of the smaller space may turn out better."""
-        out = [self]
+        out: list[Space] = [self]
         if self.drop:
             out.append(dataclasses.replace(out[-1], drop=False))
         if self.kv_heads and len(self.ffn) > 1:

@@ -113,7 +113,7 @@ def each_alone(
     Returns a function of the layer's number, to be called once for each in order: by name, its config and weights.
     """
     plans = {name: transform.prepare(lm) for name, transform in transforms.items()}
-    kinds = tuple(dict.fromkeys(kind for plan in plans.values() for kind in plan.kinds))
+    kinds: tuple[Kind, ...] = tuple(dict.fromkeys(kind for plan in plans.values() for kind in plan.kinds))
     walk = Walk(tokens_NT)
     if kinds:
         walk.embed(lm.cfg, lm.params["embed"])

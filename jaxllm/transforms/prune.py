@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.arrays import Weight
 from jaxllm.calibrate import SITE_OF, SITES, Inputs, Kind, Walk, calibration_tokens, describe
 from jaxllm.lm import LM, Transform, record, require_order
 from jaxllm.params import assign, flatten, select, unflatten
@@ -166,7 +165,7 @@ def _prune_globally(sparsity: float, args: Mapping[str, Any], calibration: Any, 
     scores = [partial(_score, flat[path], squares.get(path), info[path].contracted) for path in paths]
     threshold, ties = global_threshold(scores, int(sparsity * sum(flat[path].size for path in paths)))
     for path, score in zip(paths, scores, strict=True):
-        leaf: Weight = flat[path]
+        leaf: jax.Array = flat[path]
         gone, used = below_threshold(score(), threshold, min(ties, leaf.size))
         flat[path] = jnp.where(gone.reshape(leaf.shape), jnp.zeros((), leaf.dtype), leaf)
         ties -= int(used)
@@ -185,7 +184,7 @@ def _prune_by_sensitivity(sparsity: float, args: Mapping[str, Any], calibration:
         for i in range(lm.cfg.num_layers)
     ]
     tried = [s for step in range(-4, 5) if 0 <= (s := round(sparsity + step * _SPARSITY_STEP, 4)) < 1]
-    options = {
+    options: dict[Hashable, Layerwise] = {
         s: cast(Layerwise, prune(s, args["method"], args["pattern"], match=match, calibration=tokens_NT)) for s in tried
     }
     damage = layer_damage(lm, tokens_NT[:1], each_alone(lm, options, tokens_NT))
@@ -193,7 +192,7 @@ def _prune_by_sensitivity(sparsity: float, args: Mapping[str, Any], calibration:
         [Option(s, (1 - s) * size, found[s]) for s in tried] for size, found in zip(sizes, damage, strict=True) if size
     ]
     chosen = iter(within(allocate(places), (1 - sparsity) * sum(sizes) * (1 + 1e-9)))
-    each = {i: next(chosen).name for i, size in enumerate(sizes) if size}
+    each = {i: cast(float, next(chosen).name) for i, size in enumerate(sizes) if size}
     rules = {rf"(?=layers_{i}/)(?:{match})": s for i, s in each.items()}
     # The ledger gets the rules that were found: replaying them needs no measuring.
     return prune(rules, args["method"], args["pattern"], calibration=tokens_NT)(lm)
