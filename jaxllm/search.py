@@ -327,8 +327,9 @@ def _steps(lm: LM, ends: str, choices: Sequence[Choice], how: Mapping[str, Any])
     rules = {_ENDS: ends} if ends != FLOAT else {}
     for name in dict.fromkeys(choice.format for choice in stay):
         if name != FLOAT:
-            numbers = "|".join(str(at) for at, choice in enumerate(stay) if choice.format == name)
-            rules[rf"layers_({numbers})/.*"] = cast(str, name)
+            numbers = [str(at) for at, choice in enumerate(stay) if choice.format == name]
+            some = rf"layers_({'|'.join(numbers)})/.*"
+            rules[some if len(numbers) < len(stay) else _IN_LAYERS] = cast(str, name)
     if rules:
         steps.append(("quantize", {"format": rules, **how}))
     return steps
@@ -339,7 +340,7 @@ def _recipe(steps: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     for name, args in steps:
         given = "".join(f"            {key}={value!r},\n" for key, value in args.items())
         lines.append(f"        jaxllm.{name}(\n{given}            calibration=calibration,\n        ),\n")
-    return f"import jaxllm\n\n\ndef make(calibration=None):\n    return jaxllm.chain(\n{''.join(lines)}    )\n"
+    return f"import jaxllm\n\n\ndef transforms(calibration=None):\n    return [\n{''.join(lines)}    ]\n"
 
 
 def write_recipe(result: Result, path: Path, model: str) -> None:
