@@ -19,8 +19,9 @@ QUESTION = "What is the capital of France?"
 
 def main() -> None:
     original = jaxllm.load("smollm2-135m")
-    compact = jaxllm.compact(ffn=0.84)  # five sixths of the FFN channels: 1280 of 1536
-    int8 = jaxllm.quantize_int8()
+    calibration = jaxllm.token_windows(original, jaxllm.calibration_text(), count=8)  # of 32, for time's sake
+    compact = jaxllm.compact(ffn=0.84, calibration=calibration)  # five sixths of the FFN channels: 1280 of 1536
+    int8 = jaxllm.quantize("int8")
     models = {
         "original": original,
         "compact": compact(original),

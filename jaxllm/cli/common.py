@@ -48,6 +48,11 @@ def windows(args: argparse.Namespace, lm: Any) -> Any:
     return jaxllm.token_windows(lm, text, args.window_tokens, args.windows)
 
 
+def sliding_windows(args: argparse.Namespace, lm: Any) -> Any:
+    text = jaxllm.evaluation_text() if args.text is None else read_text(args.text)
+    return jaxllm.sliding_windows(lm, text, args.window_tokens, args.stride or args.window_tokens, args.windows)
+
+
 def to_terminal() -> bool:
     return sys.stdout.isatty()
 

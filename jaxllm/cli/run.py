@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from rich.console import Console
 import jaxllm
 from jaxllm import measure, report
 from jaxllm.cli import common
+from jaxllm.harness import evaluate_tasks
 from jaxllm.generate import choose_max_len, encode_prompts
 from jaxllm.measure import Workload
 
@@ -30,7 +32,8 @@ def quickstart(args: argparse.Namespace) -> dict[str, Any]:
     choose_max_len(original.cfg, work.max_len)
     prompt = _chat_prompt(original.tokenizer, [{"role": "user", "content": args.question}])
     common.log("compacting: scoring FFN channels on the calibration text")
-    compacted = jaxllm.compact(ffn=0.84)(original)
+    few = jaxllm.token_windows(original, jaxllm.calibration_text(), count=8)  # of 32, for time's sake
+    compacted = jaxllm.compact(ffn=0.84, calibration=few)(original)
     int8 = jaxllm.quantize("int8")
     models = {"original": original, "compact": compacted, "int8": int8(original), "compact + int8": int8(compacted)}
     result, engines = report.compare_steps(models, windows, work, common.log)
@@ -132,17 +135,32 @@ def chat(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    if args.tasks is not None and (args.reference or args.text or args.stride):
+        raise ValueError("--tasks is instead of a text; leave --reference, --text and --stride out.")
     lm = common.load(args.model, args.dtype)
     reference = lm if args.reference is None else common.load(args.reference, args.dtype)
-    tokens = common.windows(args, lm)
-    quality = dataclasses.asdict(jaxllm.compare(lm, reference, tokens))
-    print(f"perplexity {quality['perplexity']:.3f} on {tokens.shape[0]} windows of {tokens.shape[1]} tokens")
+    if args.tasks is not None:
+        return _tasks(args, lm)
+    windows = common.sliding_windows(args, lm)
+    quality = dataclasses.asdict(jaxllm.compare(lm, reference, windows))
+    error = f" ±{quality['perplexity'] * quality['nll_se']:.2f}" if math.isfinite(quality["nll_se"]) else ""
+    print(f"perplexity {quality['perplexity']:.3f}{error} ({windows.protocol})")
     if args.reference is None:
         quality |= {"kl": None, "top1": None}
         print("KL and top-1 agreement: not measured; name the original with --reference")
     else:
         print(f"KL {quality['kl']:.4f} nats, top-1 agreement {quality['top1']:.1%} with {args.reference}")
-    return {"model": args.model, "reference": args.reference, "windows": list(tokens.shape)} | quality
+    seen = {"windows": list(windows.tokens_NT.shape), "protocol": windows.protocol}
+    return {"model": args.model, "reference": args.reference} | seen | quality
+
+
+def _tasks(args: argparse.Namespace, lm: Any) -> dict[str, Any]:
+    results = evaluate_tasks(lm, args.tasks.split(","), args.task_dir, limit=args.limit)
+    for task, metrics in results["results"].items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                print(f"{task} {metric}: {value:.4f}")
+    return {"model": args.model, "tasks": results["results"]}
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
