@@ -155,10 +155,15 @@ def logits(lm: LM, tokens_BT: Any) -> jax.Array:
     tokens_BT: integers in [0, V), [B, T]. Returns float32 [B, T, V]. The layers run one by one, those of one shape and
     precision by one compiled program: quick to compile, however many models are compared.
     """
+    return predict(lm.cfg.layer(0), ends(lm.params), run_layers(lm, tokens_BT))
+
+
+def run_layers(lm: LM, tokens_BT: Any) -> jax.Array:
+    """The residual stream [B, T, D] after the last layer; tokens as for `logits`."""
     x_BTD = embed_tokens(lm.cfg.layer(0), lm.params["embed"], jnp.asarray(check_tokens(lm.cfg, tokens_BT)))
     for i in range(lm.cfg.num_layers):
         x_BTD = run_layer(lm.cfg.layer(i), lm.params[f"layers_{i}"], x_BTD)
-    return predict(lm.cfg.layer(0), ends(lm.params), x_BTD)
+    return x_BTD
 
 
 def ends(params: Params) -> Params:

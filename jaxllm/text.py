@@ -42,7 +42,7 @@ class Tokenizer:
     """Text <-> token ids, plus the chat template and the ids that end an answer.
 
     vocab_size: one more than the largest id. A model's embedding may have more rows; those ids have no text.
-    bos_id: the id that begins a text, or None.
+    bos_id, eos_id: the ids that begin and end a text, or None.
     stop_ids: the ids that end an answer, of the sequence or of the turn. May be empty.
     chat_template: jinja2 source, or None for a model that was not made for chat.
     """
@@ -56,6 +56,7 @@ class Tokenizer:
         turn_ends = {i for i, t in added.items() if t in _END_OF_TURN and t in (template or "")}
         self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
         self.bos_id: int | None = ids.get("bos_token")
+        self.eos_id: int | None = ids.get("eos_token")
         self.stop_ids: frozenset[int] = frozenset({*ends, *turn_ends, ids.get("eos_token", -1)} - {-1})
         self.chat_template = template
         self._backend = backend
