@@ -177,7 +177,7 @@ def _int8_dot(x_MK: jax.Array, w: QArray) -> jax.Array:
 
 def _step(x_MK: jax.Array) -> jax.Array:
     absmax_M1 = jnp.max(jnp.abs(x_MK), axis=1, keepdims=True)
-    return jnp.where(absmax_M1 > 0, absmax_M1 / INT8_MAX, 1.0)
+    return jnp.where(absmax_M1 == 0, 1.0, absmax_M1 / INT8_MAX)  # of NaN it is NaN, whose int8 would be 0
 
 
 # XLA on CPU has fast kernels for float32 and, from two rows on, for bfloat16 and for int8 x int8. Everything else falls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from jaxllm.replay import ORIGINS, transforms_of
 from jaxllm.swap import Pair, Place, same
 
 NOTICEABLE_KL = 1e-4  # nats; below, a model predicts what its reference does, but for rounding
-SHARE, GAP = 0.2, 4.0  # what stands out has this share of all damage, and is this many times what comes next
+SHARE, GAP = 0.2, 4.0  # what stands out has this share of all damage and is this many times what comes next, or
+MAJORITY = 0.5  # has more than this share alone
 UNRECORDED = "not in the ledger"
 
 
@@ -28,6 +30,7 @@ class Step:
 
     name: of the transform; UNRECORDED for the model itself where the ledger, done again, gives another one.
     perplexity, kl, top1: see `evaluate.Quality`. kl_increase: over the step before.
+    culprits_kl: of the reference with nothing but this place taken from the model at this step, by the place's name.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Step:
     kl: float
     top1: float
     kl_increase: float
+    culprits_kl: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +72,9 @@ def bisect(
 
     A place's damage is that of the reference with only this place taken from the model. The other way round, the model
     with one place restored, shows nothing when two places are each enough to ruin it, and mixes what a layer does with
-    how it bears what others did. A place stands out that has a fifth of the sum of all damages and four times what any
-    other has; so may several that are alike, but no more than half of all. Damages do not add up to the model's: layers
-    make it worse, or better, for each other.
+    how it bears what others did. A place stands out that has more than half of the sum of all damages, or a fifth
+    of it and four times what any other has; so may several that are alike, but no more than half of all places. Damages
+    do not add up to the model's: layers make it worse, or better, for each other.
 
     Signal-to-noise ratios are those of the mean over tokens of |error|² / |reference|²: with sums over tokens, the few
     of huge activations that language models have would be all that is seen.
@@ -104,7 +108,8 @@ def bisect(
     steps: tuple[Step, ...] = ()
     if entries is not None:
         try:
-            steps = tuple(_steps(lm, reference, entries, tokens_NT, quality, calibration, log))
+            found = {at: places[at] for at in culprits}
+            steps = tuple(_steps(lm, reference, entries, tokens_NT, quality, found, calibration, log))
         except ValueError as error:
             no_steps = str(error)
     names = tuple(places[at].name for at in culprits)
@@ -113,20 +118,15 @@ def bisect(
 
 
 def stand_out(damages: Sequence[float]) -> list[int]:
-    """Which damages stand out, the worst first: each has SHARE of the sum and GAP times what comes after them."""
+    """Which damages stand out, the worst first; see `bisect`. All that are not finite do."""
     order = sorted(range(len(damages)), key=lambda i: -_badness(damages[i]))
     if broken := [i for i in order if _badness(damages[i]) == math.inf]:
         return broken
-    total = sum(damages)
-    for count in range(1, len(order) + 1):
-        least = damages[order[count - 1]]
-        if least <= 0 or least < SHARE * total:
-            return []
-        if count > max(1, len(order) // 2):  # most of them do not stand out
-            return []
-        if count == len(order) or least >= GAP * damages[order[count]]:
+    total, values = sum(damages), [*(damages[i] for i in order), 0.0]
+    for count in range(1, max(1, len(order) // 2) + 1):
+        if count <= len(order) and values[count - 1] > max(0.0, SHARE * total, GAP * values[count]):
             return order[:count]
-    return []
+    return order[:1] if values[0] > MAJORITY * total > 0 else []
 
 
 def _badness(damage: float) -> float:
@@ -164,19 +164,26 @@ def _steps(
     entries: Sequence[Entry],
     tokens_NT: np.ndarray,
     quality: Quality,
+    culprits: Mapping[int, Place],
     calibration: Any,
     log: Callable[[str], None],
 ) -> Iterable[Step]:
+    """culprits: the places to follow, by their number in `Pair`."""
     model, before = reference, 0.0
-    for entry, transform in zip(entries, transforms_of(entries, calibration), strict=True):
-        log(f"doing {entry.name} again")
+    for n, transform in enumerate(transforms_of(entries, calibration)):
+        name, args = entries[n].name, entries[n].args
+        log(f"step {n + 1} of {len(entries)}: {name} again")
         model = transform(model)
         now = evaluate.compare(model, reference, tokens_NT)
-        yield Step(entry.name, entry.args, **dataclasses.asdict(now), kl_increase=_increase(before, now.kl))
+        pair = Pair(reference, model, _kept(model, reference, entries[: n + 1]))
+        effects = pair.effects({at: [pair.of_model(at)] for at in culprits}, tokens_NT) if culprits else {}
+        alone = {culprits[at].name: kl for at, ((kl, _),) in effects.items()}
+        yield Step(name, args, now.perplexity, now.kl, now.top1, _increase(before, now.kl), alone)
         before = now.kl
     if model.cfg != lm.cfg or not same(model.params, lm.params):
-        increase = _increase(before, quality.kl)
-        yield Step(UNRECORDED, {}, **dataclasses.asdict(quality), kl_increase=increase)
+        alone = {place.name: place.kl for place in culprits.values()}
+        rise = _increase(before, quality.kl)
+        yield Step(UNRECORDED, {}, quality.perplexity, quality.kl, quality.top1, rise, alone)
 
 
 def _increase(before: float, after: float) -> float:
@@ -187,23 +194,39 @@ def _increase(before: float, after: float) -> float:
 def _verdict(quality: Quality, steps: Sequence[Step], places: Sequence[Place], culprits: Sequence[int]) -> str:
     if quality.kl < NOTICEABLE_KL:
         return f"Nothing is broken: the model predicts what the reference does (KL {quality.kl:.2g})."
-    step = max(steps, key=lambda each: _badness(each.kl_increase), default=None)
     if culprits:
-        named = " and ".join(_named(places[at]) for at in culprits)
-        if step is not None:
-            named += " by something that the ledger does not have" if step.name == UNRECORDED else f" by {step.name}"
-        found = [places[at].kl for at in culprits]
-        if not all(map(math.isfinite, found)):
-            return f"{named}: the predictions are not finite."
-        alone = " and ".join(f"{kl:.2g}" for kl in found)
-        return f"{named}: KL {alone} alone, of the model's {quality.kl:.2g}."
+        found = [f"{_named(places[at])}{_by(steps, places[at].name)}: {_alone(places[at].kl)}" for at in culprits]
+        return f"{'; '.join(found)}. The model: {_alone(quality.kl).removesuffix(' alone')}."
     worst = max(places, key=lambda place: place.kl)
     share = worst.kl / (sum(place.kl for place in places) or 1.0)
-    cost = f" Of the steps, {step.name} costs most: {step.kl_increase:.2g}." if step else ""
+    step = max(steps, key=lambda each: _badness(each.kl_increase), default=None)
+    cost = f" Of the steps, {_number(steps, step)} costs most: {step.kl_increase:.2g}." if step else ""
     return (
         f"Nothing stands out: the model's KL of {quality.kl:.2g} has many sources. The largest share of "
         f"{len(places)} is {share:.0%}, of {_named(worst)}.{cost}"
     )
+
+
+def _by(steps: Sequence[Step], name: str) -> str:
+    """The step in which the place's damage rose most."""
+    if not steps:
+        return ""
+    damages = [0.0, *(step.culprits_kl[name] for step in steps)]
+    rises = [_badness(_increase(before, after)) for before, after in itertools.pairwise(damages)]
+    step = steps[int(np.argmax(rises))]
+    if step.name == UNRECORDED:
+        return " by something that the ledger does not have"
+    return f" by {_number(steps, step)}"
+
+
+def _number(steps: Sequence[Step], step: Step) -> str:
+    """Its name, with its number where that alone would not do."""
+    alike = [each.name for each in steps].count(step.name) > 1
+    return f"{step.name} (step {steps.index(step) + 1})" if alike else step.name
+
+
+def _alone(kl: float) -> str:
+    return f"KL {kl:.2g} alone" if math.isfinite(kl) else "predictions that are not finite"
 
 
 def _named(place: Place) -> str:

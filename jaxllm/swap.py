@@ -115,7 +115,10 @@ class Pair:
         return stream / len(tokens_NT), local / len(tokens_NT)
 
     def effects(
-        self, swaps: Mapping[int, Sequence[Swap]], tokens_NT: np.ndarray, log: Callable[[str], None]
+        self,
+        swaps: Mapping[int, Sequence[Swap]],
+        tokens_NT: np.ndarray,
+        log: Callable[[str], None] = lambda _: None,
     ) -> dict[int, list[tuple[float, float]]]:
         """KL and flips of the reference with one place swapped. What comes before the place is computed once."""
         totals = {at: np.zeros((len(each), 2)) for at, each in swaps.items()}
@@ -128,7 +131,8 @@ class Pair:
                 for at in range(after + 1, layers + 1):
                     x_1TD = _run(self.of_reference(at), x_1TD)
                 found_TV = _predict(last, x_1TD)[0]
-                _, kl, agreed = np.asarray(score(found_TV, answer_TV, tokens_T), np.float64)  # noqa: B023
+                scores = np.asarray(score(found_TV, answer_TV, tokens_T), np.float64)  # noqa: B023
+                _, kl, agreed = scores.reshape(-1, 3).sum(0)
                 return np.asarray([kl, len(tokens_T) - 1 - agreed])  # noqa: B023
 
             for k, swap in enumerate(swaps.get(0, ())):
@@ -192,7 +196,7 @@ def _relative(found: jax.Array, reference: jax.Array) -> jax.Array:
 
 def _db(noise: float) -> float:
     """Of a ratio of noise to signal."""
-    return math.inf if noise == 0 else -10 * math.log10(noise) if noise > 0 else noise  # NaN
+    return math.inf if noise == 0 else 10 * math.log10(1 / noise) if noise < math.inf else -noise  # NaN stays
 
 
 def _scaled_sites(old: Params, new: Params, methods: Sequence[str] | None) -> list[str]:

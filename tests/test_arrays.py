@@ -94,3 +94,14 @@ def test_a_quantised_array_is_a_pytree_whose_first_leaf_has_the_weights_shape():
     q = formats.quantize(weight((4, 8)), 1, INT8)
     assert [leaf.shape for leaf in jax.tree.leaves(q)] == [(4, 8), (4, 1)]
     assert isinstance(jax.tree.map(lambda a: a, q), QArray)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_nan_stays_nan_where_activations_are_rounded(rows):
+    """An int8 of NaN is 0: without care a ruined model's predictions would be finite."""
+    for name in ("int8", "w8a8"):
+        w = formats.quantize(jnp.ones((4, 8)), 1, formats.parse(name))
+        x = jnp.ones((rows, 8)).at[0, 3].set(jnp.nan)
+        y = np.asarray(arrays.einsum("MK,NK->MN", x, w))
+        assert np.isnan(y[0]).all()
+        assert np.isfinite(y[1:]).all()
