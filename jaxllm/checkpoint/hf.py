@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -14,10 +16,14 @@ from safetensors import SafetensorError, safe_open
 from jaxllm import config
 from jaxllm.arrays import Weight, dequantize
 from jaxllm.checkpoint import names
-from jaxllm.checkpoint.native import check_leaves, describe, load_tokenizer, new_directory
+from jaxllm.checkpoint.leaves import check_leaves, describe
+from jaxllm.checkpoint.native import load_tokenizer, new_directory
+from jaxllm.checkpoint.pad import pad, widest
+from jaxllm.checkpoint.reader import Lazy, Reader, in_group
 from jaxllm.config import ModelConfig
 from jaxllm.lm import LM, Entry, param_info
-from jaxllm.params import flatten, unflatten
+from jaxllm.params import flatten
+from jaxllm.transforms.layerwise import layer_number
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 2_000_000_000
@@ -25,8 +31,8 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-def load(path: Path, *, origin: str, dtype: str | None = None) -> LM:
-    """Reads a Hugging Face directory, one tensor at a time.
+def reader(path: Path, *, origin: str, dtype: str | None = None) -> Reader:
+    """Opens a Hugging Face directory, whose weights are then read one tensor at a time.
 
     dtype: None takes config.json's.
     Raises ValueError, before any weight is read, for an architecture, a file, a tensor or a shape that is not as it
@@ -46,34 +52,40 @@ def load(path: Path, *, origin: str, dtype: str | None = None) -> LM:
     stored = names.match(cfg, "hf", found, path, ignored)
     tokenizer = load_tokenizer(path)
     info = param_info(cfg)
-    flat = {}
-    for key, name in stored.items():
+
+    def load(key: str, name: str) -> jax.Array:
         # A mapping of its own for each tensor: pages that were read count as memory in use until it is closed.
         with _open(files[name][0]) as file:
-            flat[key] = names.to_device(file.get_tensor(name), info[key].shape, cfg.dtype, name)
+            host = file.get_tensor(name)
+        return names.to_device(host, info[key].shape, cfg.dtype, name)
+
+    def read(group: str) -> Lazy:
+        return {name: functools.partial(load, key, stored[key]) for name, key in in_group(group, stored).items()}
+
     args = {"origin": origin, "format": "safetensors", "dtype": cfg.dtype}
-    return LM(cfg, unflatten(flat), (Entry("load", args),), tokenizer)
+    shards = {file for file, _ in files.values()}
+    return Reader(cfg, (Entry("load", args),), tokenizer, (path / "config.json", *sorted(shards)), read)
 
 
 def export(lm: LM, path: Path) -> None:
     """Writes a directory that transformers loads; see `checkpoint.export_hf`."""
-    hf = config.to_hf(lm.cfg)
+    flat = flatten(lm.params)
+    check_leaves(lm.cfg, {key: describe(leaf) for key, leaf in flat.items()}, "This model")
+    wide = widest(lm.cfg)
+    hf, shapes = config.to_hf(wide), param_info(wide)
     # Llama's defaults are 1 and 2, whatever the tokenizer.
     hf["bos_token_id"] = lm.tokenizer.bos_id if lm.tokenizer else None
     hf["eos_token_id"] = (sorted(lm.tokenizer.stop_ids) or None) if lm.tokenizer else None
-    flat = flatten(lm.params)
-    check_leaves(lm.cfg, {key: describe(leaf) for key, leaf in flat.items()}, "This model")
-    item_bytes = jnp.dtype(lm.cfg.dtype).itemsize
+    sizes = {key: math.prod(shapes[key].shape) * jnp.dtype(lm.cfg.dtype).itemsize for key in flat}
     shards: list[list[str]] = [[]]
     room = _SHARD_BYTES
-    for key, leaf in flat.items():
-        nbytes = leaf.size * item_bytes
+    for key, nbytes in sizes.items():
         if nbytes > room and shards[-1]:
             shards.append([])
             room = _SHARD_BYTES
         shards[-1].append(key)
         room -= nbytes
-    total = lm.num_params * item_bytes
+    total = sum(sizes.values())
     with new_directory(path, total) as temp:
         weight_map = {}
         for i, keys in enumerate(shards, 1):
@@ -149,11 +161,12 @@ def _write(file: Path, cfg: ModelConfig, flat: Mapping[str, Weight]) -> None:
 
     Format: 8 bytes of header size, the header in JSON, the tensors. huggingface.co/docs/safetensors.
     """
-    info, item_bytes = param_info(cfg), jnp.dtype(cfg.dtype).itemsize
+    wide = widest(cfg)
+    narrow, info, item_bytes = param_info(cfg), param_info(wide), jnp.dtype(cfg.dtype).itemsize
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for key, leaf in flat.items():
-        end = start + leaf.size * item_bytes
+    for key in flat:
+        end = start + math.prod(info[key].shape) * item_bytes
         header[names.stored_name(key, "hf")] = {
             "dtype": _CODES[cfg.dtype],
             "shape": names.stored_shape(info[key]),
@@ -164,8 +177,12 @@ def _write(file: Path, cfg: ModelConfig, flat: Mapping[str, Weight]) -> None:
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for leaf in flat.values():
-            out.write(_to_host(leaf, cfg.dtype).view(np.uint8).data)
+        for key, leaf in flat.items():
+            host = _to_host(leaf, cfg.dtype)
+            if narrow[key].shape != info[key].shape:
+                i = layer_number(key.partition("/")[0]) or 0
+                host = pad(host.reshape(leaf.shape), info[key].axes, cfg.layer(i), wide.layer(i)).reshape(-1)
+            out.write(host.view(np.uint8).data)
 
 
 def _to_host(leaf: Weight, dtype: str) -> np.ndarray:
