@@ -77,7 +77,9 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}; expected a positive number.")
-        for heads, kv_heads in zip(self.widths("num_heads"), self.widths("num_kv_heads"), strict=True):
+        both = (self.num_heads, self.num_kv_heads)
+        rows = self.num_layers if any(isinstance(v, tuple) for v in both) else 1  # the number is a stranger's word
+        for heads, kv_heads in zip(*(v if isinstance(v, tuple) else (v,) * rows for v in both), strict=True):
             if heads % kv_heads:
                 raise ValueError(
                     f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}; "
@@ -118,7 +120,7 @@ class ModelConfig:
 
 @functools.lru_cache(maxsize=4096)
 def _layer(cfg: ModelConfig, i: int) -> ModelConfig:
-    widths = {name: cfg.widths(name)[i] for name in WIDTHS}
+    widths = {name: value[i] if isinstance(value := getattr(cfg, name), tuple) else value for name in WIDTHS}
     return dataclasses.replace(cfg, num_layers=1, **widths)
 
 

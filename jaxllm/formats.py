@@ -52,6 +52,11 @@ class Format:
     def bits(self) -> int:
         return 4 if self.values == "int4" else 8
 
+    def bits_per_weight(self, width: int) -> float:
+        """With scales and zero points. width: how many values of the weight are contracted."""
+        beside = 8 * jnp.dtype(self.scale_dtype).itemsize + (8 if self.affine else 0)
+        return self.bits + beside / (self.group or width)
+
 
 def parse(name: str) -> Format:
     """parse("int4-g32-affine"). Raises ValueError with the names there are."""

@@ -65,7 +65,9 @@ def main() -> None:
         results.append({"name": name, "seconds": seconds, "bytes": lm.weight_bytes, **dataclasses.asdict(quality)})
         print(f"{name}: {seconds:.0f} s, perplexity {quality.perplexity:.2f}", file=sys.stderr, flush=True)
 
-    caption = f"{original.ledger[0].args['origin']}; {tokens.size} tokens of evaluation text in windows of 512, one-shot"
+    caption = (
+        f"{original.ledger[0].args['origin']}; {tokens.size} tokens of evaluation text in windows of 512, one-shot"
+    )
     table = Table(caption=caption)
     for column in ("", "MB", "perplexity", "Δ log ppl", "KL", "top-1", "seconds"):
         table.add_column(column, justify="right" if column else "left")

@@ -17,11 +17,12 @@ import pytest
 import safetensors.numpy
 import tokenizers
 
+import jaxllm
 from jaxllm import arrays, checkpoint, hub, lm
 from jaxllm.checkpoint import gguf as ours
-from jaxllm.checkpoint import hf, names, native
+from jaxllm.checkpoint import hf, leaves, names, native, pad
 from jaxllm.config import LinearRope, Llama3Rope, ModelConfig
-from jaxllm.params import flatten, map_weights, select, unflatten
+from jaxllm.params import flatten, map_weights, unflatten
 from jaxllm.text import Tokenizer
 
 TINY = ModelConfig(
@@ -44,12 +45,7 @@ def random_lm(cfg=TINY, seed=0):
 
 
 def quantised(model):
-    params = map_weights(
-        lambda path, w: arrays.quantize(w, model.info[path].contracted),
-        model.params,
-        select(model.info, r".*mlp.*|embed.*"),
-    )
-    return lm.record(model, "quantize_int8", {"match": ".*"}, ["layers_0/mlp/up/w"], params=params)
+    return jaxllm.quantize({r".*mlp.*|embed.*": "int8"})(model)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +113,81 @@ def test_save_then_load_is_bitwise(tmp_path, dtype, quantise, capfd, caplog):
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["model"]
+
+
+NATIVE = {
+    "int4-g32": jaxllm.quantize("int4-g32"),
+    "int4-g32-affine": jaxllm.quantize("int4-g32-affine"),
+    "int8-g32-affine": jaxllm.quantize("int8-g32-affine"),
+    "fp8": jaxllm.quantize("fp8"),
+    "w8a8": jaxllm.quantize("w8a8"),
+    "w8a8-static": jaxllm.quantize("w8a8-static", calibration=TOKENS),
+    "some float, some int4 of odd size": jaxllm.quantize({r"layers_0/mlp/.*": "int4-affine", r".*/o/w": "int8"}),
+    "sparse": jaxllm.prune(0.6),
+    "sparse and int4": jaxllm.chain(jaxllm.prune(0.6), jaxllm.quantize({r".*/mlp/.*": "int4"})),
+    "per-layer widths": jaxllm.compact(ffn=[32, 57], kv_heads=[1, 2], calibration=TOKENS),
+    "int8 cache": jaxllm.quantize_kv(),
+}
+
+
+@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_leaf_is_restored_bitwise(tmp_path, name, dtype):
+    model = NATIVE[name](random_lm(dataclasses.replace(BIAS, dtype=dtype)))
+    checkpoint.save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert_same(model, loaded)
+    assert [entry.name for entry in loaded.ledger] == [entry.name for entry in model.ledger]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_sparse_leaves_keep_every_bit(tmp_path, dtype, monkeypatch):
+    monkeypatch.setattr(leaves, "_CHUNK", 64)  # several pieces, and a last one that is not whole
+    model = jaxllm.prune(0.7, match=r".*")(
+        random_lm(dataclasses.replace(TINY, dtype=dtype, vocab_size=67, embed_dim=31))
+    )
+    odd = jnp.asarray([-0.0, np.nan, -np.nan, np.inf, -np.inf, float(jnp.finfo(dtype).smallest_subnormal)], dtype)
+    params = map_weights(lambda _, w: w.at[3, : odd.size].set(odd), model.params, ["layers_1/mlp/up/w"])
+    params = map_weights(lambda _, w: jnp.zeros_like(w), params, ["layers_0/mlp/up/w"])
+    params = map_weights(lambda _, w: -jnp.zeros_like(w), params, ["layers_0/mlp/gate/w"])
+    model = dataclasses.replace(model, params=params)
+    checkpoint.save(model, tmp_path / "model")
+    kinds = {k: v["kind"] for k, v in json.loads((tmp_path / "model" / "jaxllm.json").read_text())["leaves"].items()}
+    assert kinds["layers_0/mlp/up/w"] == kinds["layers_1/mlp/up/w"] == kinds["head/w"] == "sparse"
+    assert kinds["layers_0/mlp/gate/w"] == kinds["final_norm/w"] == "array"
+    assert_same(model, load(tmp_path / "model"))
+
+
+def test_files_are_as_small_as_they_say(tmp_path):
+    cfg = dataclasses.replace(TINY, embed_dim=128, ffw_dim=512)
+    model, sizes = random_lm(cfg), {}
+    for name, transform in {
+        "float": lambda model: model,
+        "sparse": jaxllm.prune(0.75),
+        "int8": jaxllm.quantize({".*": "int8"}),
+        "int4": jaxllm.quantize({".*": "int4"}),
+    }.items():
+        checkpoint.save(transform(model), tmp_path / name)
+        sizes[name] = sum(file.stat().st_size for file in (tmp_path / name / "arrays").rglob("*") if file.is_file())
+    in_layers = sum(w.size for w in jax.tree.leaves([model.params["layers_0"], model.params["layers_1"]]))
+    assert sizes["float"] > 0.85 * model.weight_bytes  # random bits do not compress
+    assert sizes["sparse"] < sizes["float"] - in_layers * (4 * 0.75 - 1 / 8) * 0.8
+    assert sizes["int4"] < 0.6 * sizes["int8"] < 0.2 * sizes["float"]
+
+
+def test_dtype_casts_the_floats_among_new_kinds(tmp_path):
+    model = NATIVE["sparse and int4"](random_lm())
+    checkpoint.save(model, tmp_path / "model")
+    loaded = load(tmp_path / "model", "bfloat16")
+    for path, leaf in flatten(model.params).items():
+        mine = flatten(loaded.params)[path]
+        assert_leaf(mine, leaf if isinstance(leaf, arrays.QArray) else leaf.astype("bfloat16"))
+
+
+def assert_leaf(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert (x.dtype, np.asarray(x).tobytes()) == (y.dtype, np.asarray(y).tobytes())
 
 
 def test_arrays_larger_than_orbax_may_hold(tmp_path, monkeypatch):
@@ -254,6 +325,7 @@ def copy(saved, tmp_path):
 def test_changed_or_missing_arrays_are_noticed(saved, copy):
     files = [p.relative_to(saved) for p in (saved / "arrays").rglob("*") if p.is_file()]
     assert files
+    assert {file.parts[1] for file in files} == {"embed", "layers_0", "layers_1", "final_norm", "head"}
     for file in files:
         stored = (saved / file).read_bytes()
         middle = len(stored) // 2
@@ -268,10 +340,21 @@ def test_changed_or_missing_arrays_are_noticed(saved, copy):
     refuses(copy, "lacks")
 
 
+def changed(manifest, field, value):
+    """Of the embedding, which is quantised."""
+    leaf = manifest["leaves"]["embed/w"]
+    return manifest | {"leaves": {**manifest["leaves"], "embed/w": {**leaf, field: value}}}
+
+
+def sparse(manifest, nonzeros):
+    leaf = {"kind": "sparse", "shape": [64, 32], "dtype": "float32", "nonzeros": nonzeros}
+    return manifest | {"leaves": {**manifest["leaves"], "head/w": leaf}}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m | {"version": 2}, ["version 2", "reads 1"]),
+        (lambda m: m | {"version": 1}, ["version 1", "reads 2", "Make it again"]),
         (lambda m: {}, ["version None"]),
         (lambda m: m | {"config": {**m["config"], "experts": 8}}, ["experts"]),
         (lambda m: m | {"config": {**m["config"], "num_layers": 10**9}}, ["layers"]),
@@ -285,9 +368,22 @@ def test_changed_or_missing_arrays_are_noticed(saved, copy):
         (lambda m: m | {"leaves": {**m["leaves"], "head/w": {**m["leaves"]["head/w"], "kind": "int3"}}}, ["int3"]),
         (lambda m: m | {"leaves": {**m["leaves"], "head/w": {**m["leaves"]["head/w"], "dtype": "int8"}}}, ["int8"]),
         (lambda m: m | {"leaves": {**m["leaves"], "final_norm/w": {"kind": "qarray"}}}, ["no matmul weight"]),
+        (lambda m: changed(m, "groups", 3), ["embed/w", "3"]),
+        (lambda m: changed(m, "groups", "1"), ["embed/w"]),
+        (lambda m: changed(m, "groups", 10**9), ["embed/w"]),
+        (lambda m: changed(m, "scale_dtype", "float64"), ["float64"]),
+        (lambda m: changed(m, "zero_point", 1), ["embed/w"]),
+        (lambda m: changed(m, "x_scale", True), ["embed/w"]),
+        (lambda m: {**m, "leaves": {**m["leaves"], "embed/w": {"kind": "qarray"}}}, ["KeyError"]),
+        (lambda m: sparse(m, -1), ["head/w", "-1"]),
+        (lambda m: sparse(m, 64 * 32 + 1), ["head/w"]),
         # Right in itself, and not what the arrays are:
+        (lambda m: sparse(m, 7), ["cannot be read"]),
+        (lambda m: changed(m, "zero_point", True), ["cannot be read"]),
+        (lambda m: changed(m, "groups", 2), ["cannot be read"]),
+        (lambda m: changed(m, "dtype", "int4"), ["cannot be read"]),
         (
-            lambda m: m | {"leaves": {**m["leaves"], "head/w": {"kind": "qarray", "shape": [64, 32], "dtype": "int8"}}},
+            lambda m: m | {"leaves": {**m["leaves"], "head/w": m["leaves"]["embed/w"]}},
             ["cannot be read"],
         ),
     ],
@@ -376,6 +472,26 @@ def test_hf_ignores_what_follows_from_the_config(tmp_path):
     assert_same(load(write_hf(tmp_path / "a", TINY, extra)), random_lm())
     extra = {"lm_head.weight": np.ones((64, 32), np.float32)}
     assert_same(load(write_hf(tmp_path / "b", TIED, extra)), random_lm(TIED))
+
+
+@pytest.mark.parametrize("name", ["tiny", "bias", "qk_norm"])
+def test_export_pads_layers_of_different_widths(tmp_path, name):
+    cfg = dataclasses.replace(CONFIGS[name], num_layers=3, num_heads=8, num_kv_heads=4)
+    model = jaxllm.compact(ffn=[40, 64, 24], kv_heads=[1, 3, 2], calibration=TOKENS)(random_lm(cfg))
+    checkpoint.export_hf(model, tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert loaded.cfg == dataclasses.replace(cfg, num_heads=6, num_kv_heads=3)
+    assert np.allclose(lm.logits(loaded, TOKENS), lm.logits(model, TOKENS), rtol=0, atol=1e-5)
+    narrow, wide = model.params["layers_0"], loaded.params["layers_0"]
+    assert jnp.array_equal(wide["mlp"]["down"]["w"][:, :40], narrow["mlp"]["down"]["w"])
+    assert not wide["mlp"]["down"]["w"][:, 40:].any()
+    assert not wide["attn"]["o"]["w"][:, 2:].any()
+
+
+def test_padding_keeps_query_heads_with_their_kv_head():
+    cfg, wide = (dataclasses.replace(TINY, num_layers=1, num_heads=n, num_kv_heads=k) for n, k in ((2, 2), (6, 3)))
+    q = np.arange(1, 3).reshape(2, 1)
+    assert pad.pad(q, ("heads", "head_dim"), cfg, wide).reshape(-1).tolist() == [1, 0, 2, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -702,8 +818,8 @@ print(high_water_mb() - before, model.weight_bytes / 2**20)
 """
 
 
-def zeros_lm(cfg):
-    params = {p: jnp.zeros(info.shape, cfg.dtype) for p, info in lm.param_info(cfg).items()}
+def zeros_lm(cfg):  # but none is stored as sparse
+    params = {p: -jnp.zeros(info.shape, cfg.dtype) for p, info in lm.param_info(cfg).items()}
     return lm.LM(cfg, unflatten(params))
 
 

@@ -34,9 +34,7 @@ def test_allocation_is_the_best_there_is_at_every_point_of_its_front():
         [Option(f"{place}.{i}", cost, damage) for i, (cost, damage) in enumerate(rng.integers(0, 50, (4, 2)).tolist())]
         for place in range(4)
     ]
-    everything = [
-        (sum(o.cost for o in choice), sum(o.damage for o in choice)) for choice in itertools.product(*places)
-    ]
+    everything = [(sum(o.cost for o in choice), sum(o.damage for o in choice)) for choice in itertools.product(*places)]
     front = [(sum(o.cost for o in choice), sum(o.damage for o in choice)) for choice in allocate(places)]
     for cost, damage in front:
         assert damage == min(d for c, d in everything if c <= cost)

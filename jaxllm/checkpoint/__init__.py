@@ -14,10 +14,13 @@ from pathlib import Path
 
 from jaxllm import hub
 from jaxllm.checkpoint import hf, native
+from jaxllm.checkpoint.estimate import Estimate
+from jaxllm.checkpoint.source import open_path
+from jaxllm.checkpoint.stream import optimize_checkpoint
 from jaxllm.compile import use_compilation_cache
 from jaxllm.lm import LM
 
-__all__ = ["export_compressed", "export_hf", "load", "load_path", "save"]
+__all__ = ["Estimate", "export_compressed", "export_hf", "load", "load_path", "optimize_checkpoint", "save"]
 
 
 def load(
@@ -45,22 +48,7 @@ def load_path(path: str | os.PathLike[str], *, origin: str, dtype: str | None = 
     Raises FileNotFoundError when nothing is there, ValueError when it cannot be read, before reading weights where
     headers tell.
     """
-    path = Path(path).absolute()  # as Orbax wants it
-    if path.is_file() and path.suffix == ".gguf":
-        from jaxllm.checkpoint import gguf  # the library takes a quarter of a second
-
-        return gguf.load(path, origin=origin, dtype=dtype)
-    if (path / native.MANIFEST).is_file():
-        return native.load(path, dtype=dtype)
-    if (path / "config.json").is_file():
-        return hf.load(path, origin=origin, dtype=dtype)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist.")
-    ggufs = sorted(file.name for file in path.glob("*.gguf")) if path.is_dir() else []
-    hint = f" Give one of its files: {', '.join(ggufs[:4])}." if ggufs else ""
-    raise ValueError(
-        f"{path} is no model: expected a directory with {native.MANIFEST} or config.json, or a .gguf file.{hint}"
-    )
+    return open_path(Path(path), origin=origin, dtype=dtype).lm()
 
 
 def save(lm: LM, path: str | os.PathLike[str]) -> None:
@@ -75,7 +63,8 @@ def save(lm: LM, path: str | os.PathLike[str]) -> None:
 def export_hf(lm: LM, path: str | os.PathLike[str]) -> None:
     """Writes a Hugging Face directory that transformers loads: config, safetensors in shards of 2 GB, tokenizer.
 
-    Quantised weights are written dequantised, in `lm.cfg.dtype`: see `export_compressed`. The ledger is left out.
+    Quantised weights are written dequantised, in `lm.cfg.dtype`: see `export_compressed`. Layers narrower than others
+    get heads and channels of zeros, which change no output. The ledger is left out.
     All or nothing, and raises as `save` does; ValueError when no Hugging Face architecture is this model.
     """
     hf.export(lm, Path(path))

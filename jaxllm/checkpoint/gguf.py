@@ -7,6 +7,7 @@ for a vocabulary of 49152. Layout: github.com/ggml-org/ggml/blob/master/docs/ggu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import struct
@@ -17,13 +18,14 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import gguf
+import jax
 import numpy as np
 
 from jaxllm.checkpoint import names
+from jaxllm.checkpoint.reader import Lazy, Reader, in_group
 from jaxllm.config import LinearRope, Llama3Rope, ModelConfig
-from jaxllm.lm import LM, Entry, param_info
+from jaxllm.lm import Entry, param_info
 from jaxllm.models.layers import rope_frequencies
-from jaxllm.params import unflatten
 from jaxllm.text import Tokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral's files say "llama"
@@ -45,8 +47,8 @@ class _Tensor(NamedTuple):
     nbytes: int
 
 
-def load(path: Path, *, origin: str, dtype: str | None = None) -> LM:
-    """Reads a .gguf file, a piece of a tensor at a time.
+def reader(path: Path, *, origin: str, dtype: str | None = None) -> Reader:
+    """Opens a .gguf file, whose weights are then read a piece of a tensor at a time.
 
     dtype: None takes float32 when matrices are quantised or of several types, else the one float type they have.
     Raises ValueError, before any weight is read, for an architecture, a quantisation, a tensor or a shape that is
@@ -66,20 +68,24 @@ def load(path: Path, *, origin: str, dtype: str | None = None) -> LM:
     stored = names.match(cfg, "gguf", {name: t.shape for name, t in tensors.items()}, path, {_ROPE_FACTORS})
     tokenizer = _tokenizer(metadata)
     info, interleaved = param_info(cfg), metadata["general.architecture"] == "llama"
-    flat = {}
-    with open(path, "rb") as file:  # not by a memory map: pages that were read count as memory in use
-        for key, name in stored.items():
+
+    def load(key: str, name: str) -> jax.Array:
+        with open(path, "rb") as file:  # not by a memory map: pages that were read count as memory in use
             host = _dequantize(file, tensors[name])
-            if not np.isfinite(host).all():
-                raise ValueError(f"{path}: {name} has weights that are not finite; the file is damaged.")
-            if interleaved and key.endswith(("attn/q/w", "attn/k/w")):
-                # Rotation turns neighbours, [N, H/2, 2, D], in these files, and halves here: [N, 2, H/2, D].
-                N, H, D = info[key].shape
-                host = host.reshape(N, H // 2, 2, D).swapaxes(1, 2)
-            flat[key] = names.to_device(host, info[key].shape, cfg.dtype, name)
+        if not np.isfinite(host).all():
+            raise ValueError(f"{path}: {name} has weights that are not finite; the file is damaged.")
+        if interleaved and key.endswith(("attn/q/w", "attn/k/w")):
+            # Rotation turns neighbours, [N, H/2, 2, D], in these files, and halves here: [N, 2, H/2, D].
+            N, H, D = info[key].shape
+            host = host.reshape(N, H // 2, 2, D).swapaxes(1, 2)
+        return names.to_device(host, info[key].shape, cfg.dtype, name)
+
+    def read(group: str) -> Lazy:
+        return {name: functools.partial(load, key, stored[key]) for name, key in in_group(group, stored).items()}
+
     kinds = ", ".join(kind for kind, _ in matrices.most_common())
     args = {"origin": origin, "format": f"gguf {kinds}", "dtype": cfg.dtype}
-    return LM(cfg, unflatten(flat), (Entry("load", args),), tokenizer)
+    return Reader(cfg, (Entry("load", args),), tokenizer, (path,), read)
 
 
 def _config(metadata: Mapping[str, Any], tensors: Mapping[str, _Tensor], dtype: str) -> ModelConfig:

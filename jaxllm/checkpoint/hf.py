@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -10,9 +12,12 @@ from typing import Any
 import numpy as np
 
 from jaxllm import config
-from jaxllm.arrays import QArray, Weight
+from jaxllm.arrays import Weight
 from jaxllm.checkpoint import compressed, gptq_awq, names
-from jaxllm.checkpoint.native import check_leaves, describe, load_tokenizer, new_directory
+from jaxllm.checkpoint.leaves import check_leaves, describe
+from jaxllm.checkpoint.native import load_tokenizer, new_directory
+from jaxllm.checkpoint.pad import pad, widest
+from jaxllm.checkpoint.reader import Lazy, Reader, in_group
 from jaxllm.checkpoint.tensors import (
     FLOATS,
     Header,
@@ -20,7 +25,6 @@ from jaxllm.checkpoint.tensors import (
     Stored,
     Tensor,
     dense,
-    format_of,
     open_file,
     read_tensor,
     to_leaf,
@@ -28,14 +32,17 @@ from jaxllm.checkpoint.tensors import (
 )
 from jaxllm.config import ModelConfig
 from jaxllm.lm import LM, Entry, param_info, record
-from jaxllm.params import flatten, unflatten
+from jaxllm.params import flatten
+from jaxllm.transforms.layerwise import layer_number
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 2_000_000_000
 
 
-def load(path: Path, *, origin: str, dtype: str | None = None) -> LM:
-    """Reads a Hugging Face directory, one tensor at a time. Weights that another tool quantised stay as they are.
+def reader(path: Path, *, origin: str, dtype: str | None = None) -> Reader:
+    """Opens a Hugging Face directory, whose weights are then read one tensor at a time.
+
+    Weights that another tool quantised stay as they are.
 
     dtype: of float weights and activations; None takes config.json's.
     Raises ValueError, before any weight is read, for an architecture, a file, a tensor or a shape that is not as it
@@ -50,10 +57,10 @@ def load(path: Path, *, origin: str, dtype: str | None = None) -> LM:
                 raise ValueError(f"{name} is in both {files[name]} and {shard}.")
             files[name], headers[name] = shard, header
 
-    def read(name: str) -> np.ndarray:
+    def read_stored(name: str) -> np.ndarray:
         return read_tensor(files[name], name, headers[name][0])
 
-    modules = _quantised(quantization, cfg, headers, read, path)
+    modules = _quantised(quantization, cfg, headers, read_stored, path)
     parts = {part for module in modules.values() for part in module.parts}
     found = {name: header for name, header in headers.items() if name not in parts}
     for name, (code, _) in found.items():
@@ -70,20 +77,21 @@ def load(path: Path, *, origin: str, dtype: str | None = None) -> LM:
     stored = names.match(cfg, "hf", shapes, path, ignored)
     tokenizer = load_tokenizer(path)
     info = param_info(cfg)
-    flat: dict[str, Weight] = {}
-    for key, name in stored.items():
+
+    def load(key: str, name: str) -> Weight:
         if module := modules.get(name.removesuffix(".weight")):
-            flat[key] = to_leaf(module.read(read), info[key], name)
-        else:
-            flat[key] = names.to_device(read(name), info[key].shape, cfg.dtype, name)
-    args = {"origin": origin, "format": "safetensors", "dtype": cfg.dtype}
-    lm = LM(cfg, unflatten(flat), (Entry("load", args),), tokenizer)
-    quantised = {key: format_of(leaf).name for key, leaf in flat.items() if isinstance(leaf, QArray)}
-    if not quantised:
-        return lm
-    assert quantization is not None
-    how = {"format": ", ".join(sorted(set(quantised.values()))), "method": f"imported: {quantization['quant_method']}"}
-    return record(lm, "quantize", how, quantised)
+            return to_leaf(module.read(read_stored), info[key], name)
+        return names.to_device(read_stored(name), info[key].shape, cfg.dtype, name)
+
+    def read(group: str) -> Lazy:
+        return {name: functools.partial(load, key, stored[key]) for name, key in in_group(group, stored).items()}
+
+    lm = LM(cfg, {}, (Entry("load", {"origin": origin, "format": "safetensors", "dtype": cfg.dtype}),), tokenizer)
+    if modules:
+        assert quantization is not None
+        quantised = [key for key, name in stored.items() if name.removesuffix(".weight") in modules]
+        lm = record(lm, "quantize", {"imported": quantization["quant_method"]}, quantised)
+    return Reader(cfg, lm.ledger, tokenizer, (path / "config.json", *sorted(set(files.values()))), read)
 
 
 def _quantised(
@@ -112,20 +120,31 @@ def export(lm: LM, path: Path) -> None:
     """Writes a directory that transformers loads; see `checkpoint.export_hf`."""
     flat = flatten(lm.params)
     check_leaves(lm.cfg, {key: describe(leaf) for key, leaf in flat.items()}, "This model")
-    info = param_info(lm.cfg)
-    stored = {names.stored_name(key, "hf"): (leaf, names.stored_shape(info[key])) for key, leaf in flat.items()}
-    _write(lm, path, {name: dense(leaf, shape, lm.cfg.dtype) for name, (leaf, shape) in stored.items()}, {})
+    wide = widest(lm.cfg)
+    info, shapes = param_info(lm.cfg), param_info(wide)
+
+    def tensor(key: str, leaf: Weight) -> Tensor:
+        plain = dense(leaf, names.stored_shape(shapes[key]), lm.cfg.dtype)
+        if info[key].shape == shapes[key].shape:
+            return plain
+        i = layer_number(key.partition("/")[0]) or 0
+        narrow = lm.cfg.layer(i), wide.layer(i)
+        return dataclasses.replace(
+            plain, make=lambda: pad(plain.make().reshape(leaf.shape), info[key].axes, *narrow).reshape(-1)
+        )
+
+    _write(lm, wide, path, {names.stored_name(key, "hf"): tensor(key, leaf) for key, leaf in flat.items()}, {})
 
 
 def export_compressed(lm: LM, path: Path, log: Callable[[str], None] | None) -> None:
     """Writes a directory that vLLM loads; see `checkpoint.export_compressed`."""
     config.to_hf(lm.cfg)  # what no architecture has is refused first
     tensors, quantization = compressed.plan(lm, log)
-    _write(lm, path, tensors, {"quantization_config": quantization})
+    _write(lm, lm.cfg, path, tensors, {"quantization_config": quantization})
 
 
-def _write(lm: LM, path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
-    hf = config.to_hf(lm.cfg) | dict(extra)
+def _write(lm: LM, cfg: ModelConfig, path: Path, tensors: Mapping[str, Tensor], extra: Mapping[str, Any]) -> None:
+    hf = config.to_hf(cfg) | dict(extra)
     # Llama's defaults are 1 and 2, whatever the tokenizer.
     hf["bos_token_id"] = lm.tokenizer.bos_id if lm.tokenizer else None
     hf["eos_token_id"] = (sorted(lm.tokenizer.stop_ids) or None) if lm.tokenizer else None

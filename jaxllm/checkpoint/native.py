@@ -1,7 +1,8 @@
-"""jaxllm's own format: a directory with jaxllm.json, the tokenizer's files and arrays/, written by Orbax.
+"""jaxllm's own format: a directory with jaxllm.json, the tokenizer's files and arrays/<group>/, written by Orbax.
 
-jaxllm.json holds the format version, the config, the ledger, each weight's kind, shape and type, and the size and
-hash of every file in arrays/: Orbax itself does not notice a changed byte in a weight.
+A group is the embedding, a layer, the final norm or the head: a model can be written and read a layer at a time.
+jaxllm.json holds the format version, the config, the ledger, each weight's kind, shape and type (see leaves.py), and
+the size and hash of every file in arrays/: Orbax itself does not notice a changed byte in a weight.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import uuid
@@ -21,16 +24,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.arrays import QArray, Weight
+from jaxllm.arrays import Weight
+from jaxllm.checkpoint.leaves import Description, Fields, check_leaves, decode, describe, encode, stored
 from jaxllm.checkpoint.names import BEYOND_FLOAT16, listing, read_json
+from jaxllm.checkpoint.reader import Lazy, Reader, in_group
 from jaxllm.config import ModelConfig
 from jaxllm.lm import LM, Entry, param_info
-from jaxllm.params import ParamInfo, flatten, unflatten
+from jaxllm.params import flatten, unflatten
 from jaxllm.text import Tokenizer
+from jaxllm.transforms.layerwise import Leaves, split
 
 MANIFEST = "jaxllm.json"
-_VERSION = 1
-_ARRAYS = "arrays"
+ARRAYS = "arrays"
+_VERSION = 2
 _ORBAX_BYTES = 128 * 1024**2  # what Orbax may hold on the host at once, or one array if that is larger
 _CHUNK_BYTES = 8 * 1024**2  # whole arrays would be compressed and decompressed in one piece each
 _SPARE_BYTES = 32 * 1024**2  # room for everything that is not a weight
@@ -38,33 +44,51 @@ _SPARE_BYTES = 32 * 1024**2  # room for everything that is not a weight
 
 def save(lm: LM, path: Path) -> None:
     """See `checkpoint.save`."""
-    flat = flatten(lm.params)
-    leaves = {key: describe(leaf) for key, leaf in flat.items()}
-    check_leaves(lm.cfg, leaves, "This model")
+    check_leaves(lm.cfg, {key: describe(leaf) for key, leaf in flatten(lm.params).items()}, "This model")
     with new_directory(path, lm.weight_bytes) as temp:
-        _write_arrays(temp / _ARRAYS, {key: _fields(leaf) for key, leaf in flat.items()})
-        if lm.tokenizer:
-            lm.tokenizer.save(temp)
-        manifest = {
-            "version": _VERSION,
-            "config": dataclasses.asdict(lm.cfg),
-            "ledger": [dataclasses.asdict(entry) for entry in lm.ledger],
-            "leaves": leaves,
-            "files": _digests(temp / _ARRAYS),
-        }
-        (temp / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        leaves: dict[str, Description] = {}
+        files: dict[str, str] = {}
+        for group, own in split(lm.params):
+            leaves |= write_group(temp / ARRAYS / group, group, own)
+            files |= digests(temp / ARRAYS / group, group)
+        write_manifest(temp, lm, leaves, files)
 
 
-def load(path: Path, *, dtype: str | None = None) -> LM:
-    """Reads a directory that `save` wrote. The ledger is the saved one, unchanged.
+def write_group(path: Path, group: str, leaves: Leaves) -> dict[str, Description]:
+    """Writes the weights of a group to the directory `path`, all or nothing. Returns what describes them, by path."""
+    described: dict[str, Description] = {}
+    flat: dict[str, Fields] = {}
+    for name, leaf in leaves.items():
+        described[f"{group}/{name}"], flat[name] = encode(leaf)
+    write_arrays(path, flat)
+    return described
 
-    dtype: casts float weights and the type computed in; int8 values and their scales stay as they are.
+
+def write_manifest(path: Path, lm: LM, leaves: Mapping[str, Description], files: Mapping[str, str]) -> None:
+    """Writes all that makes groups in `path` a checkpoint. lm: its params are not looked at."""
+    if lm.tokenizer:
+        lm.tokenizer.save(path)
+    manifest = {
+        "version": _VERSION,
+        "config": dataclasses.asdict(lm.cfg),
+        "ledger": [dataclasses.asdict(entry) for entry in lm.ledger],
+        "leaves": leaves,
+        "files": files,
+    }
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def reader(path: Path, *, dtype: str | None = None) -> Reader:
+    """Opens a directory that `save` wrote. The ledger is the saved one, unchanged.
+
+    dtype: casts float weights and the type computed in; quantised values and their scales stay as they are.
     Raises ValueError, naming the directory, when anything in it is missing, changed or of another version.
     """
     manifest = read_json(path / MANIFEST)
     if manifest.get("version") != _VERSION:
         raise ValueError(
-            f"{path} is in version {manifest.get('version')!r} of jaxllm's format; this jaxllm reads {_VERSION}."
+            f"{path} is in version {manifest.get('version')!r} of jaxllm's format; this jaxllm reads {_VERSION}. "
+            "Make it again from the original checkpoint, or use the jaxllm that wrote it."
         )
     try:
         cfg = ModelConfig.from_json(manifest["config"])
@@ -77,20 +101,34 @@ def load(path: Path, *, dtype: str | None = None) -> LM:
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path / MANIFEST} is not as `save` wrote it: {type(error).__name__}: {error}.") from error
     tokenizer = load_tokenizer(path)
-    stored = _digests(path / _ARRAYS)
-    if missing := [name for name in files if name not in stored]:
-        raise ValueError(f"{path / _ARRAYS} lacks {listing(missing)}. Copy or save the model again.")
-    if changed := [name for name, digest in files.items() if stored[name] != digest]:
-        raise ValueError(f"{path / _ARRAYS} was damaged: {listing(changed)} changed. Copy or save the model again.")
-    info = param_info(cfg)
-    expected = {key: _abstract(target, info[key], leaf["kind"]) for key, leaf in leaves.items()}
-    arrays = _read_arrays(path, expected)
-    if target.dtype == "float16" != cfg.dtype:
-        for key, fields in arrays.items():
-            if "array" in fields and not jnp.isfinite(fields["array"]).all():
-                raise ValueError(f"{path}: {BEYOND_FLOAT16.format(key)}")
-    flat = {key: QArray(**f) if leaves[key]["kind"] == "qarray" else f["array"] for key, f in arrays.items()}
-    return LM(target, unflatten(flat), ledger, tokenizer)
+    found = digests(path / ARRAYS)
+    if missing := [name for name in files if name not in found]:
+        raise ValueError(f"{path / ARRAYS} lacks {listing(missing)}. Copy or save the model again.")
+    if changed := [name for name, digest in files.items() if found[name] != digest]:
+        raise ValueError(f"{path / ARRAYS} was damaged: {listing(changed)} changed. Copy or save the model again.")
+
+    def read(group: str) -> Lazy:
+        own, info = in_group(group, leaves), param_info(target)
+        expected = {name: stored(leaves[key], info[key], target.dtype) for name, key in own.items()}
+        arrays = read_arrays(path / ARRAYS / group, expected)
+        return {name: functools.partial(load, key, arrays[name]) for name, key in own.items()}
+
+    def load(key: str, fields: Fields) -> Weight:
+        try:
+            leaf = decode(leaves[key], fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {key} cannot be read: {error}.") from error
+        if target.dtype == "float16" != cfg.dtype and isinstance(leaf, jax.Array) and not jnp.isfinite(leaf).all():
+            raise ValueError(f"{path}: {BEYOND_FLOAT16.format(key)}")
+        return leaf
+
+    bits = {
+        key: 8 * sum(math.prod(part.shape) * part.dtype.itemsize for part in parts.values()) / math.prod(leaf["shape"])
+        for key, leaf in leaves.items()
+        if leaf["kind"] == "qarray" and (parts := stored(leaf, param_info(cfg)[key], cfg.dtype))
+    }
+    names = (path / MANIFEST, *(path / ARRAYS / name for name in files))
+    return Reader(target, ledger, tokenizer, names, read, bits)
 
 
 def load_tokenizer(path: Path) -> Tokenizer | None:
@@ -106,8 +144,27 @@ def new_directory(path: Path, weight_bytes: int) -> Iterator[Path]:
     Raises FileExistsError when `path` is there and not an empty directory, OSError when the disk lacks room.
     """
     path = path.resolve()
+    check_free(path)
+    check_room(path, weight_bytes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        temp.mkdir()
+        yield temp
+        move(temp, path)
+    except BaseException:  # an interrupt as well
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+
+
+def check_free(path: Path) -> None:
+    """Raises FileExistsError when `path` is there and not an empty directory."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is no empty directory. Remove it, or write to another path.")
+
+
+def check_room(path: Path, weight_bytes: int) -> int:
+    """Bytes free where `path` is or will be. Raises OSError when the weights do not fit."""
     home = next(parent for parent in path.parents if parent.exists())
     free, needed = shutil.disk_usage(home).free, weight_bytes + _SPARE_BYTES
     if free < needed:
@@ -115,76 +172,25 @@ def new_directory(path: Path, weight_bytes: int) -> Iterator[Path]:
             errno.ENOSPC,
             f"No room for the model: it needs {needed / 1e9:.2f} GB and {home} has {free / 1e9:.2f} GB",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
-    try:
-        temp.mkdir()
-        yield temp
-        if path.exists():
-            path.rmdir()
-        os.rename(temp, path)
-    except BaseException:  # an interrupt as well
-        shutil.rmtree(temp, ignore_errors=True)
-        raise
+    return free
 
 
-def describe(leaf: Weight) -> dict[str, Any]:
-    """A weight's kind, shape and type, as JSON."""
-    kind, dtype = ("qarray", leaf.values.dtype) if isinstance(leaf, QArray) else ("array", leaf.dtype)
-    return {"kind": kind, "shape": list(leaf.shape), "dtype": str(dtype)}
+def move(temp: Path, path: Path) -> None:
+    """Renames a directory, to what may be an empty one."""
+    if path.exists():
+        path.rmdir()
+    os.rename(temp, path)
 
 
-def check_leaves(cfg: ModelConfig, leaves: Mapping[str, Mapping[str, Any]], source: str) -> None:
-    """Raises ValueError when the weights described are not those of `cfg`."""
-    if cfg.num_layers > len(leaves):
-        raise ValueError(f"{source} holds {len(leaves)} weights but claims {cfg.num_layers} layers.")
-    info = param_info(cfg)
-    if missing := [key for key in info if key not in leaves]:
-        raise ValueError(f"{source} lacks {listing(missing)}.")
-    if unexpected := [key for key in leaves if key not in info]:
-        raise ValueError(f"{source} has {listing(unexpected)}, which its config does not.")
-    for key, leaf in leaves.items():
-        quantised = leaf["kind"] == "qarray"
-        if quantised and not info[key].contracted:
-            raise ValueError(f"{source}: {key} is quantised, and is no matmul weight.")
-        dtype = "int8" if quantised else cfg.dtype
-        expected = {
-            "kind": "qarray" if quantised else "array",
-            "shape": list(info[key].shape),
-            "dtype": dtype,
-        }
-        if leaf != expected:
-            raise ValueError(f"{source}: {key} is {dict(leaf)}; its config makes it {expected}.")
-
-
-def _fields(leaf: Weight) -> dict[str, jax.Array]:
-    return {"values": leaf.values, "scale": leaf.scale} if isinstance(leaf, QArray) else {"array": leaf}
-
-
-def _abstract(cfg: ModelConfig, info: ParamInfo, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
-
-    if kind == "array":
-        return {"array": array(info.shape, cfg.dtype)}
-    kept = len(info.shape) - info.contracted
-    return {
-        "values": array(info.shape, "int8"),
-        "scale": array(info.shape[:kept] + (1,) * info.contracted, "float32"),
-    }
-
-
-def _digests(path: Path) -> dict[str, str]:
-    """{file below path: "size:sha256"}."""
-    digests = {}
+def digests(path: Path, below: str = "") -> dict[str, str]:
+    """{file below path, with `below` before it: "size:sha256"}."""
+    found = {}
     for file in sorted(path.rglob("*")):
         if file.is_file():
             with open(file, "rb") as opened:
                 digest = hashlib.file_digest(opened, "sha256").hexdigest()
-            digests[file.relative_to(path).as_posix()] = f"{file.stat().st_size}:{digest}"
-    return digests
+            found[(below / file.relative_to(path)).as_posix()] = f"{file.stat().st_size}:{digest}"
+    return found
 
 
 def _checkpointer(tree: Any) -> Any:
@@ -195,16 +201,18 @@ def _checkpointer(tree: Any) -> Any:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=limit, restore_concurrent_gb=limit))
 
 
-def _write_arrays(path: Path, flat: Mapping[str, Mapping[str, jax.Array]]) -> None:
+def write_arrays(path: Path, flat: Mapping[str, Mapping[str, jax.Array]]) -> None:
+    """Writes arrays, {name: {field: array}}, to the new directory `path`, all or nothing."""
     import orbax.checkpoint as ocp
 
     tree = unflatten(flat)
     with _checkpointer(tree) as checkpointer:
         chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=chunks))
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree, save_args=chunks))
 
 
-def _read_arrays(path: Path, expected: dict[str, dict[str, jax.ShapeDtypeStruct]]) -> dict[str, dict[str, jax.Array]]:
+def read_arrays(path: Path, expected: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> dict[str, Fields]:
+    """What `write_arrays` wrote. Raises ValueError when it is not as expected, but for the type of floats."""
     import orbax.checkpoint as ocp
 
     def args(leaf: jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
@@ -214,12 +222,12 @@ def _read_arrays(path: Path, expected: dict[str, dict[str, jax.ShapeDtypeStruct]
     try:
         with _checkpointer(tree) as checkpointer:
             restored = checkpointer.restore(
-                path / _ARRAYS, args=ocp.args.PyTreeRestore(tree, restore_args=jax.tree.map(args, tree))
+                path.absolute(), args=ocp.args.PyTreeRestore(tree, restore_args=jax.tree.map(args, tree))
             )
     except Exception as error:  # whatever Orbax and TensorStore raise
         raise ValueError(f"The arrays in {path} cannot be read: {error}") from error
     flat = flatten(restored)
-    arrays: dict[str, dict[str, jax.Array]] = {key: {} for key in expected}
+    arrays: dict[str, Fields] = {key: {} for key in expected}
     for key in expected:
         for field, leaf in expected[key].items():
             array = arrays[key][field] = flat.pop(f"{key}/{field}")

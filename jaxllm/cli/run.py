@@ -15,8 +15,8 @@ from rich.console import Console
 import jaxllm
 from jaxllm import measure, report
 from jaxllm.cli import common
-from jaxllm.harness import evaluate_tasks
 from jaxllm.generate import choose_max_len, encode_prompts
+from jaxllm.harness import evaluate_tasks
 from jaxllm.measure import Workload
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")

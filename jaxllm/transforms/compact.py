@@ -44,8 +44,8 @@ def compact(
 
     A channel's score is the part of the output that is lost with it: the mean square of its activation times the
     squared norm of the weights that read it (the "down" column), or with `correct` what is lost after the others have
-    made up for it. A KV head's is the same summed over its query heads and "o". A layer's is how far the predictions move (KL)
-    without it. Weights alone do not do: a few channels with small weights carry most of the signal.
+    made up for it. A KV head's is the same summed over its query heads and "o". A layer's is how far the predictions
+    move (KL) without it. Weights alone do not do: a few channels with small weights carry most of the signal.
 
     Raises ValueError for a count that is not there and for a model that is quantised already.
     Sources: Sun et al. 2024 (Wanda: weight times activation); Luo et al. 2017 (ThiNet: least squares on what is left);

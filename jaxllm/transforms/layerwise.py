@@ -32,6 +32,7 @@ class Plan:
     args, touched: for the ledger.
     tokens_NT, kinds, sites: calibration text, the statistics that are needed on it, and of which layers' sites; None
         and empty where none is.
+    bits: a weight, scales included, by path, of those that change it; for estimates.
     """
 
     cfg: ModelConfig
@@ -41,6 +42,7 @@ class Plan:
     tokens_NT: np.ndarray | None = None
     kinds: tuple[Kind, ...] = ()
     sites: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    bits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +88,15 @@ class Stage:
         if sites := self.plan.sites.get(group):
             inputs = self.walk.inputs(self._cfg.layer(layer), unflatten(leaves), self.plan.kinds, sites)
         new = self.plan.change(group, leaves, inputs)
-        if any(later > layer for later in map(layer_number, self.plan.sites) if later is not None):
+        if self.walks_past(group):
             self.walk.advance(self.plan.cfg.layer(layer), unflatten(new))
         return new
+
+    def walks_past(self, group: str) -> bool:
+        """Whether later groups need the residual stream as it is after this one."""
+        at = {"embed": -1}.get(group, layer_number(group))
+        sites = map(layer_number, self.plan.sites)
+        return self.walk is not None and at is not None and any(later > at for later in sites if later is not None)
 
 
 def run(stages: Sequence[Stage], source: Iterable[tuple[str, Leaves]]) -> Iterable[tuple[str, Leaves]]:

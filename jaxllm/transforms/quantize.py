@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,7 @@ from jaxllm import formats
 from jaxllm.arrays import INT8_MAX, QArray
 from jaxllm.calibrate import BIN_EDGES, SITE_OF, SITES, Inputs, Kind, calibration_tokens, describe
 from jaxllm.formats import Format
-from jaxllm.lm import LM, Transform, record, require_order
+from jaxllm.lm import LM, Transform
 from jaxllm.params import assign
 from jaxllm.transforms import obs, scaling
 from jaxllm.transforms.layerwise import Layerwise, Leaves, Plan
@@ -81,6 +82,8 @@ def quantize(
                     f"{fmt.name} does not reach {path}: a looked-up table has no activations. Give it int8."
                 )
         contracted = {path: entry.contracted for path, entry in info.items()}
+        widths = {path: math.prod(info[path].shape[-contracted[path] :]) for path in chosen}
+        bits = {path: fmt.bits_per_weight(widths[path]) for path, fmt in chosen.items()}
 
         def change(group: str, leaves: Leaves, inputs: Mapping[str, Inputs]) -> Leaves:
             own = {name: chosen[path] for name in leaves if (path := f"{group}/{name}") in chosen}
@@ -94,14 +97,14 @@ def quantize(
         args |= {"clip": clip} | ({"alpha": alpha} if "smoothquant" in method else {})
         layers = {path: fmt for path, fmt in chosen.items() if path.startswith("layers_")}
         if not (kinds := how.kinds(layers.values())):
-            return Plan(lm.cfg, change, args, list(chosen))
+            return Plan(lm.cfg, change, args, list(chosen), bits=bits)
         tokens_NT = calibration_tokens(lm, calibration)
         sites: dict[str, tuple[str, ...]] = {}
         for path in layers:
             group, _, name = path.partition("/")
             sites[group] = tuple(dict.fromkeys((*sites.get(group, ()), SITE_OF[name])))
         args["calibration"] = describe(tokens_NT)
-        return Plan(lm.cfg, change, args, list(chosen), tokens_NT, kinds, sites)
+        return Plan(lm.cfg, change, args, list(chosen), tokens_NT, kinds, sites, bits)
 
     return Layerwise("quantize", plan)
 
@@ -232,10 +235,9 @@ def quantize_kv() -> Transform:
     Perplexity sees it too: keys and values are rounded as soon as they are made, with a cache or without.
     """
 
-    def transform(lm: LM) -> LM:
-        require_order(lm, "quantize_kv")
+    def plan(lm: LM) -> Plan:
         if lm.cfg.kv_dtype is not None:
             raise ValueError(f"The model's KV cache is {lm.cfg.kv_dtype} already.")
-        return record(lm, "quantize_kv", {}, [], cfg=dataclasses.replace(lm.cfg, kv_dtype="int8"))
+        return Plan(dataclasses.replace(lm.cfg, kv_dtype="int8"), lambda group, leaves, inputs: leaves, {}, [])
 
-    return transform
+    return Layerwise("quantize_kv", plan)
