@@ -190,7 +190,7 @@ class HarnessLM(TemplateLM):
         groups: dict[str, list[int]] = {}  # requests that generate in the same way
         longest = 0
         for n, request in enumerate(requests):
-            text, asked = request.args
+            text, asked = tuple[Any, ...](request.args)
             how = _generation(asked)
             room = self.max_length - how["max_new_tokens"]
             if room < 1:

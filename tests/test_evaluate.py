@@ -65,6 +65,8 @@ def test_the_standard_error_is_that_of_windows(tiny):
 def test_a_model_agrees_with_itself(tiny):
     quality = jaxllm.compare(tiny, tiny, TOKENS)
     assert (quality.kl, quality.top1) == (0.0, 1.0)
+    copy = jaxllm.compare(dataclasses.replace(tiny), tiny, TOKENS)
+    assert (copy.kl, copy.top1) == (pytest.approx(0, abs=1e-7), 1.0)
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(tiny):
