@@ -20,7 +20,16 @@ from jaxllm.checkpoint.stream import optimize_checkpoint
 from jaxllm.compile import use_compilation_cache
 from jaxllm.lm import LM
 
-__all__ = ["Estimate", "export_compressed", "export_hf", "load", "load_path", "optimize_checkpoint", "save"]
+__all__ = [
+    "Estimate",
+    "export_compressed",
+    "export_hf",
+    "load",
+    "load_header",
+    "load_path",
+    "optimize_checkpoint",
+    "save",
+]
 
 
 def load(
@@ -35,6 +44,15 @@ def load(
     use_compilation_cache()  # whatever comes next compiles
     source = hub.resolve(name_or_path, log=log)
     return load_path(source.path, origin=source.origin, dtype=dtype)
+
+
+def load_header(
+    name_or_path: str | os.PathLike[str], dtype: str | None = None, *, log: Callable[[str], None] | None = None
+) -> LM:
+    """The model without its weights: config, ledger and tokenizer; `params` is empty. Arguments as of `load`."""
+    found = hub.resolve(name_or_path, log=log)
+    reader = open_path(found.path, origin=found.origin, dtype=dtype)
+    return LM(reader.cfg, {}, reader.ledger, reader.tokenizer)
 
 
 def load_path(path: str | os.PathLike[str], *, origin: str, dtype: str | None = None) -> LM:

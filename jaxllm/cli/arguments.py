@@ -162,6 +162,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--tasks", help="lm-eval tasks, by name or .yaml file, separated by commas, instead of a text")
     sub.add_argument("--task-dir", type=Path, help="directory with the tasks that --tasks names")
     sub.add_argument("--limit", type=int, help="examples of each task (default: all)")
+    sub.add_argument("--num-fewshot", type=int, help="of tasks that do not say it")
+    sub.add_argument("--chat-template", action="store_true", help="put each task's question into the chat template")
 
     sub = command("bench", "time one or more models in interleaved rounds")
     model(sub, nargs="+")

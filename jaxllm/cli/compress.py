@@ -13,16 +13,18 @@ from rich.table import Table
 
 import jaxllm
 from jaxllm import report
-from jaxllm import search as searching
 from jaxllm.bisect import bisect as find_culprit
 from jaxllm.bisect import table as bisect_table
+from jaxllm.checkpoint import load_header, optimize_checkpoint
 from jaxllm.cli import common
 from jaxllm.generate import choose_max_len
 from jaxllm.lm import LM, Transform
 from jaxllm.measure import Workload
 from jaxllm.replay import load_recipe
+from jaxllm.search import FLOAT, Space, plot, write_recipe
+from jaxllm.search import search as find_mix
 from jaxllm.textfiles import read_text
-from jaxllm.transforms.layerwise import Layerwise
+from jaxllm.transforms.layerwise import check
 
 # Options that say how, by the one that asks for it.
 _NEEDS = {
@@ -33,23 +35,18 @@ _NEEDS = {
 
 
 def optimize(args: argparse.Namespace) -> dict[str, Any]:
-    # A stopped stream goes on in the directory beside --out; --out itself appears at the end.
-    common.check_out(args.out)
     _check_options(args)
-    work = None
-    if not (args.no_report or args.stream or args.dry_run):
-        work = Workload(rounds=args.rounds, batch=args.batch, max_len=args.max_len)
     if args.stream or args.dry_run:
         return _stream(args)
+    common.check_out(args.out)
+    work = None if args.no_report else Workload(rounds=args.rounds, batch=args.batch, max_len=args.max_len)
     lm = common.load(args.model, args.dtype)
     windows = None
     if work is not None:
         windows = common.windows(args, lm)
         choose_max_len(lm.cfg, work.max_len)
     steps = _steps(args, lm)
-    for step in steps.values():
-        if isinstance(step, Layerwise) and len(steps) == 1:
-            step.prepare(lm)  # what cannot be is refused before anything is done
+    check(lm, list(steps.values()))
     models, name = {"original": lm}, ""
     for step, transform in steps.items():
         common.log(f"applying {step}")
@@ -125,13 +122,17 @@ def _rules(args: argparse.Namespace) -> str | Mapping[str, str | None]:
         pattern, found, name = rule.rpartition("=")
         if not found or not pattern:
             raise ValueError(f'--rule is {rule!r}; expected REGEX=FORMAT, where "float" leaves the weights alone.')
-        rules[pattern] = None if name == searching.FLOAT else name
+        rules[pattern] = None if name == FLOAT else name
     return rules | {".*": args.quantize}
 
 
 def _stream(args: argparse.Namespace) -> dict[str, Any]:
-    lm = None
-    raise NotImplementedError(lm)
+    steps = _steps(args, load_header(args.model, args.dtype, log=common.log))
+    expected = optimize_checkpoint(
+        args.model, list(steps.values()), args.out, dtype=args.dtype, dry_run=args.dry_run, log=common.log
+    )
+    print(f"{'would write' if args.dry_run else 'wrote'} {args.out}: {expected}")
+    return {"out": str(args.out), "dry_run": args.dry_run} | dataclasses.asdict(expected)
 
 
 def search(args: argparse.Namespace) -> dict[str, Any]:
@@ -140,12 +141,12 @@ def search(args: argparse.Namespace) -> dict[str, Any]:
     if args.out.exists():
         raise FileExistsError(f"{args.out} exists already; choose another --out or remove it.")
     names = [name for name in args.formats.split(",") if name]
-    space = searching.Space(
+    space = Space(
         tuple(names), _numbers("--ffn", args.ffn, float), _numbers("--kv-heads", args.kv_heads, int), args.drop_layers
     )
     lm = common.load(args.model, args.dtype)
     calibration = _calibration(args, lm)
-    result = searching.search(
+    result = find_mix(
         lm,
         common.windows(args, lm),
         args.budget,
@@ -158,9 +159,9 @@ def search(args: argparse.Namespace) -> dict[str, Any]:
         windows=args.sensitivity_windows,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    searching.write_recipe(result, args.out, args.model)
+    write_recipe(result, args.out, args.model)
     picture = args.out.with_suffix(".png")
-    searching.plot(result, picture)
+    plot(result, picture)
     table = Table(
         caption=f"Original: {result.original_cost:.5g} {result.unit}, perplexity {result.original.perplexity:.2f}"
     )

@@ -16,7 +16,6 @@ import jaxllm
 from jaxllm import measure, report
 from jaxllm.cli import common
 from jaxllm.generate import choose_max_len, encode_prompts
-from jaxllm.harness import evaluate_tasks
 from jaxllm.measure import Workload
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
@@ -135,6 +134,8 @@ def chat(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    if args.tasks is None and (args.task_dir or args.limit or args.num_fewshot or args.chat_template):
+        raise ValueError("--task-dir, --limit, --num-fewshot and --chat-template go with --tasks, which is not given.")
     if args.tasks is not None and (args.reference or args.text or args.stride):
         raise ValueError("--tasks is instead of a text; leave --reference, --text and --stride out.")
     lm = common.load(args.model, args.dtype)
@@ -155,7 +156,18 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _tasks(args: argparse.Namespace, lm: Any) -> dict[str, Any]:
-    results = evaluate_tasks(lm, args.tasks.split(","), args.task_dir, limit=args.limit)
+    try:
+        from jaxllm.harness import evaluate_tasks  # an extra
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    results = evaluate_tasks(
+        lm,
+        args.tasks.split(","),
+        args.task_dir,
+        args.limit,
+        num_fewshot=args.num_fewshot,
+        apply_chat_template=args.chat_template,
+    )
     for task, metrics in results["results"].items():
         for metric, value in metrics.items():
             if isinstance(value, float):

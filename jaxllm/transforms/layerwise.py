@@ -14,7 +14,7 @@ import numpy as np
 from jaxllm.arrays import Weight
 from jaxllm.calibrate import Inputs, Kind, Walk
 from jaxllm.config import ModelConfig
-from jaxllm.lm import LM, record, require_order
+from jaxllm.lm import LM, Transform, record, require_order
 from jaxllm.params import flatten, unflatten
 
 _log = logging.getLogger(__name__)
@@ -66,6 +66,18 @@ class Layerwise:
         """The plan for this model. Raises ValueError when the transform may not follow the model's ledger."""
         require_order(lm, self.name)
         return self.plan(lm)
+
+
+def check(lm: LM, transforms: Sequence[Transform]) -> None:
+    """Raises what the transforms would raise for this model, before any of them changes a weight.
+
+    Looks no further than the first that has to see the weights before it knows what it makes of them.
+    """
+    for transform in transforms:
+        if not isinstance(transform, Layerwise):
+            return
+        plan = transform.prepare(lm)
+        lm = record(lm, transform.name, plan.args, plan.touched, cfg=plan.cfg)
 
 
 class Stage:
