@@ -24,7 +24,8 @@ _log = logging.getLogger(__name__)
 
 TILE = 128  # a TPU's matmul works on multiples of this; a width in between costs as much as the next one
 LAYER_WINDOWS = 1  # of the calibration text that layers are judged on; each costs a forward a layer and removal
-_DAMPING = 0.01  # of the mean of the Hessian's diagonal: how much corrected weights stay near the old ones
+_DAMPING = 0.01  # of each input's mean square: how much its corrected weight stays near the old one
+_SILENT = 1e-30  # mean square of an input that is nothing
 Keep = int | float | Sequence[int] | None
 
 
@@ -202,7 +203,7 @@ def _lost(w_NK: jax.Array, hessian_KK: jax.Array, correct: bool) -> jax.Array:
         return norms_K * jnp.diagonal(hessian_KK)
     damped = _damped(hessian_KK)
     inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), jnp.eye(damped.shape[0]))
-    return norms_K / jnp.diagonal(inverse)
+    return jnp.where(jnp.diagonal(hessian_KK) > _SILENT, norms_K / jnp.diagonal(inverse), 0.0)
 
 
 @jax.jit
@@ -215,7 +216,9 @@ def _corrected(w_NK: jax.Array, hessian_KK: jax.Array, columns: jax.Array) -> ja
 
 
 def _damped(hessian_KK: jax.Array) -> jax.Array:
-    return hessian_KK + _DAMPING * jnp.mean(jnp.diagonal(hessian_KK)) * jnp.eye(hessian_KK.shape[0])
+    """Each input by its own size, not by that of all: a quiet input that is read by large weights is not a loud one."""
+    diagonal_K = jnp.diagonal(hessian_KK)
+    return hessian_KK + jnp.diag(jnp.where(diagonal_K > _SILENT, _DAMPING * diagonal_K, 1.0))
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:
