@@ -160,10 +160,10 @@ def load_recipe(path: str | os.PathLike[str], calibration: Any = None) -> Recipe
     """Transforms from a file.
 
     path: a saved model's directory or its jaxllm.json, another JSON file that holds a ledger (a list of entries, or an
-        object with "ledger"), or a Python script that defines `transform`, or `transforms`, a list of them; the first
-        line of its docstring is its title. JSON is data and never runs code. A script is run as it stands, with all
-        that you may do: name only your own.
-    calibration: see `transforms_of`; a script brings its own.
+        object with "ledger"), or a Python script that defines `transform`, or `transforms`, a list of them or a
+        function of calibration that makes one; the first line of its docstring is its title. JSON is data and never
+        runs code. A script is run as it stands, with all that you may do: name only your own.
+    calibration: see `transforms_of`; a script gets it where `transforms` is a function, and else brings its own.
     Raises FileNotFoundError, and ValueError that names the file for one that holds no such thing.
     """
     path = Path(path)
@@ -174,7 +174,7 @@ def load_recipe(path: str | os.PathLike[str], calibration: Any = None) -> Recipe
             f"{path} is not there; expected a .py script, a JSON ledger, or the directory of a saved model."
         )
     if path.suffix == ".py":
-        return _run(path)
+        return _run(path, calibration)
     try:
         ledger = read_ledger(path)
         transforms = tuple(transforms_of(ledger, calibration))
@@ -216,9 +216,11 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def _run(path: Path) -> Recipe:
+def _run(path: Path, calibration: Any) -> Recipe:
     try:
         found = runpy.run_path(str(path))
+        if callable(make := found.get("transforms")):
+            found["transforms"] = make(calibration)
     except (Exception, SystemExit) as error:
         raise ValueError(f"{path} failed: {type(error).__name__}: {error}") from error
     both = [name for name in ("transform", "transforms") if name in found]
@@ -226,7 +228,7 @@ def _run(path: Path) -> Recipe:
     if len(both) != 1 or not isinstance(given, list | tuple) or not given or not all(map(callable, given)):
         raise ValueError(
             f"{path} defines {' and '.join(both) or 'neither'}; expected either `transform`, a function LM -> LM such "
-            "as jaxllm.quantize() returns, or `transforms`, a list of them."
+            "as jaxllm.quantize() returns, or `transforms`, a list of them or a function of calibration that makes one."
         )
     title = (inspect.cleandoc(found.get("__doc__") or "") or path.stem).splitlines()[0]
     return Recipe(title, tuple(given))

@@ -9,7 +9,6 @@ Run: python recipes/stream_3b.py [DIRECTORY]
 
 import json
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile

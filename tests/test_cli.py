@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -49,15 +51,15 @@ def test_optimize_then_use_the_result(capsys, model, tmp_path):
     assert [row["name"] for row in result["rows"]] == [
         "original",
         "compact",
-        "compact + prune",
-        "compact + prune + int8",
+        "compact + prune magnitude",
+        "compact + prune magnitude + int8",
     ]
-    assert [entry["name"] for entry in result["ledger"]] == ["init", "compact", "prune_magnitude", "quantize_int8"]
+    assert [entry["name"] for entry in result["ledger"]] == ["init", "compact", "prune", "quantize"]
     final = result["rows"][-1]
     assert final["weight_bytes"] < result["rows"][0]["weight_bytes"] / 4
     assert 0.5 < final["pruning_rate"] < 1
     assert final["step_ms"] > 0 < final["bandwidth_use"]
-    assert "compact + prune + int8" in text
+    assert "compact + prune magnitude" in text
     assert (tmp_path / "small" / "report.png").read_bytes().startswith(b"\x89PNG")
 
     code, info, text, _ = run(capsys, "info", out, "--json")
@@ -147,7 +149,7 @@ def test_bench_gives_a_line_for_each_model(capsys, model):
         (["optimize", "MODEL", "--out", "OUT", "--compact", "rows=1"], "'rows=1'"),
         (["optimize", "MODEL", "--out", "OUT", "--compact", "kv_heads=9", "--no-report"], "the model has 4"),
         (
-            ["optimize", "MODEL", "--out", "OUT", "--quantize", "int8", "--quantize-match", "x", "--max-len", "128"],
+            ["optimize", "MODEL", "--out", "OUT", "--quantize", "int8", "--rule", "x=int8", "--max-len", "128"],
             "No weight path",
         ),
         (["optimize", "MODEL", "--out", "MODEL", "--quantize", "int8"], "exists"),
@@ -155,6 +157,27 @@ def test_bench_gives_a_line_for_each_model(capsys, model):
         (["eval", "MODEL", "--text", "no.txt"], "no.txt"),
         (["eval", "MODEL", "--windows", "0"], "expected at least one"),
         (["bench", "MODEL", "--new-tokens", "1"], "new_tokens is 1"),
+        (["optimize", "MODEL", "--out", "OUT", "--quantize", "int9"], "'int9' is no format"),
+        (
+            ["optimize", "MODEL", "--out", "OUT", "--quantize", "int4-g128", "--no-report"],
+            "groups of 128 do not divide",
+        ),
+        (["optimize", "MODEL", "--out", "OUT", "--quantize", "int8", "--rule", "int8"], "expected REGEX=FORMAT"),
+        (["optimize", "MODEL", "--out", "OUT", "--method", "gptq", "--kv", "int8"], "--method goes with --quantize"),
+        (["optimize", "MODEL", "--out", "OUT", "--prune", "wanda", "--pattern", "2:3", "--no-report"], "divide"),
+        (["optimize", "MODEL", "--out", "OUT", "--prune", "wanda", "--pattern", "x"], "'x' is no pattern"),
+        (["optimize", "MODEL", "--out", "OUT", "--recipe", "no.py"], "no.py is not there"),
+        (["optimize", "MODEL", "--out", "OUT", "--recipe", "no.py", "--kv", "int8"], "leave --kv out"),
+        (["optimize", "MODEL", "--out", "OUT", "--quantize", "int8", "--calibration", "no.txt"], "no.txt"),
+        (["optimize", "MODEL", "--out", "OUT", "--compact", "layers=2", "--stream"], "looks at the whole model"),
+        (["optimize", "MODEL", "--out", "MODEL", "--quantize", "int8", "--stream"], "exists"),
+        (["search", "MODEL", "--budget", "0.5", "--out", "recipe.txt"], "a recipe is a Python file"),
+        (["search", "MODEL", "--budget", "0.5", "--out", "OUT.py", "--formats", "int9"], "'int9' is no format"),
+        (["search", "MODEL", "--budget", "0.5", "--out", "OUT.py", "--ffn", "x"], "--ffn is 'x'"),
+        (["search", "MODEL", "--budget", "-1", "--out", "OUT.py"], "budget is -1.0"),
+        (["bisect", "MODEL", "--reference", "./missing"], "missing"),
+        (["eval", "MODEL", "--stride", "9999"], "stride is 9999"),
+        (["eval", "MODEL", "--limit", "3"], "go with --tasks"),
         (["export", "MODEL", "--out", "MODEL"], "exists"),
     ],
 )
@@ -163,8 +186,9 @@ def test_bad_input_is_one_line_on_stderr_before_slow_work(capsys, model, tmp_pat
         raise AssertionError("slow work was begun")
 
     monkeypatch.setattr(sys.modules["jaxllm.compile"], "ThreadPoolExecutor", too_late)
-    monkeypatch.setattr("jaxllm.transforms.compact.input_mean_squares", too_late)
-    monkeypatch.setattr("jaxllm.transforms.prune._zero_smallest", too_late)
+    monkeypatch.setattr("jaxllm.calibrate.Walk", too_late)
+    monkeypatch.setattr("jaxllm.transforms.layerwise.run", too_late)
+    monkeypatch.setattr("jaxllm.search.layer_damage", too_late)
     out = tmp_path / "out"
     code, _, stdout, err = run(capsys, *[arg.replace("MODEL", model).replace("OUT", str(out)) for arg in argv])
     errors = [line for line in err.splitlines() if line.startswith("jaxllm: error:")]
@@ -174,6 +198,76 @@ def test_bad_input_is_one_line_on_stderr_before_slow_work(capsys, model, tmp_pat
     assert "Traceback" not in err
     assert stdout == ""
     assert not out.exists() or argv[0] == "quickstart"
+
+
+def test_a_stream_makes_what_memory_would_and_a_dry_run_makes_nothing(capsys, model, tmp_path):
+    steps = [
+        "--prune",
+        "sparsegpt",
+        "--pattern",
+        "2:4",
+        "--quantize",
+        "int4-g16",
+        "--method",
+        "awq+gptq",
+        "--kv",
+        "int8",
+    ]
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "It was a dark and stormy night. " * 40}) + "\n")
+    steps += ["--calibration", str(text), "--calibration-windows", "2", "--calibration-tokens", "64"]
+    dry, streamed, whole = (str(tmp_path / name) for name in ("dry", "streamed", "whole"))
+    code, found, said, _ = run(capsys, "optimize", model, *steps, "--out", dry, "--dry-run", "--json")
+    assert code == 0
+    assert "would write" in said
+    assert found["bytes_out"] > 0
+    assert not (tmp_path / "dry").exists()
+    assert run(capsys, "optimize", model, *steps, "--out", streamed, "--stream")[0] == 0
+    assert run(capsys, "optimize", model, *steps, "--out", whole, "--no-report")[0] == 0
+    one, other = jaxllm.load(streamed), jaxllm.load(whole)
+    assert (one.cfg, one.ledger) == (other.cfg, other.ledger)
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+    again = str(tmp_path / "again")  # from its own ledger, on the same text
+    assert run(capsys, "optimize", model, "--recipe", whole, *steps[-6:], "--out", again, "--no-report")[0] == 0
+    jax.tree.map(np.testing.assert_array_equal, jaxllm.load(again).params, other.params)
+    assert run(capsys, "optimize", model, "--recipe", whole, "--out", str(tmp_path / "x"), "--no-report")[0] == 1
+
+
+def test_search_writes_a_recipe_that_optimize_follows(capsys, model, tmp_path):
+    recipe, out = tmp_path / "mix.py", str(tmp_path / "out")
+    formats = ["--formats", "float,int8,int4-g16", "--ffn", "1.0,0.5", *FAST[2:6]]
+    code, found, text, _ = run(capsys, "search", model, "--budget", "0.3", *formats, "--out", str(recipe), "--json")
+    assert code == 0
+    assert recipe.with_suffix(".png").exists()
+    best = found["candidates"][found["best"]]
+    assert f"{best['name']} *" in text
+    assert run(capsys, "optimize", model, "--recipe", str(recipe), "--out", out, "--no-report")[0] == 0
+    assert jaxllm.load(out).weight_bytes == best["weight_bytes"] <= 0.3 * jaxllm.load(model).weight_bytes
+
+
+def test_bisect_names_what_broke_a_model(capsys, model, tmp_path):
+    out = str(tmp_path / "out")
+    recipe = tmp_path / "bad.py"
+    recipe.write_text(
+        "import jaxllm\n"
+        "transforms = [jaxllm.prune({r'layers_1/mlp/down/w': 0.98, r'layers_.*': 0.05}), jaxllm.quantize('int8')]\n"
+    )
+    assert run(capsys, "optimize", model, "--recipe", str(recipe), "--out", out, "--no-report")[0] == 0
+    code, found, text, _ = run(capsys, "bisect", out, "--reference", model, *FAST[2:6], "--json")
+    assert code == 0
+    assert "layer 1" in found["verdict"]
+    assert "prune" in found["verdict"]
+    assert found["verdict"].split(":")[0] in text.replace("\n", " ")
+
+
+def test_eval_says_its_protocol(capsys, model):
+    code, found, text, _ = run(
+        capsys, "eval", model, "--window-tokens", "64", "--stride", "32", "--windows", "3", "--json"
+    )
+    assert code == 0
+    assert "64-token windows, stride 32, 127 tokens scored" in text
+    assert found["protocol"] in text
+    assert found["nll_se"] > 0
 
 
 @pytest.mark.parametrize(
@@ -217,7 +311,18 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(model, tmp_path):
 
 
 def test_every_command_has_help(capsys):
-    for command in ("quickstart", "optimize", "generate", "chat", "eval", "bench", "info", "export"):
+    for command in (
+        "quickstart",
+        "optimize",
+        "search",
+        "bisect",
+        "generate",
+        "chat",
+        "eval",
+        "bench",
+        "info",
+        "export",
+    ):
         with pytest.raises(SystemExit) as exit:
             main([command, "--help"])
         assert exit.value.code == 0

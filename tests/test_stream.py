@@ -15,7 +15,6 @@ import time
 import types
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -63,7 +63,3 @@ def _show_progress() -> None:
     logger.handlers = [handler]  # one, however often main is called in a process
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-if __name__ == "__main__":
-    sys.exit(main())
