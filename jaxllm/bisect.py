@@ -19,7 +19,7 @@ from jaxllm.replay import ORIGINS, transforms_of
 from jaxllm.swap import Pair, Place, same
 
 NOTICEABLE_KL = 1e-4  # nats; below, a model predicts what its reference does, but for rounding
-SHARE, GAP = 0.2, 4.0  # what stands out has this share of all damage and is this many times what comes next, or
+SHARE, GAP = 0.2, 2.5  # what stands out has this share of all damage and is this many times what comes next, or
 MAJORITY = 0.5  # has more than this share alone
 UNRECORDED = "not in the ledger"
 
@@ -73,7 +73,7 @@ def bisect(
     A place's damage is that of the reference with only this place taken from the model. The other way round, the model
     with one place restored, shows nothing when two places are each enough to ruin it, and mixes what a layer does with
     how it bears what others did. A place stands out that has more than half of the sum of all damages, or a fifth
-    of it and four times what any other has; so may several that are alike, but no more than half of all places. Damages
+    of it and 2.5 times what any other has; so may several that are alike, but no more than half of all places. Damages
     do not add up to the model's: layers make it worse, or better, for each other.
 
     Signal-to-noise ratios are those of the mean over tokens of |error|² / |reference|²: with sums over tokens, the few
