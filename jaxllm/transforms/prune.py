@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.arrays import Weight
-from jaxllm.calibrate import SITE_OF, Inputs, Kind, Walk, calibration_tokens, describe
+from jaxllm.calibrate import SITE_OF, SITES, Inputs, Kind, Walk, calibration_tokens, describe
 from jaxllm.lm import LM, Transform, record, require_order
 from jaxllm.params import assign, flatten, select, unflatten
 from jaxllm.transforms import obs
@@ -33,8 +34,9 @@ def prune(
     """Zeroes the weights that matter least.
 
     sparsity: fraction of zeros, in [0, 1), exact: floor(sparsity * size) weights, or blocks, become zero, the first of
-        equal ones. Or rules, {regular expression for whole weight paths: fraction}, of which the first that matches a
-        weight holds. N:M patterns say it themselves.
+        equal ones; more only where there are more zeros already (in a channel, for "wanda"). Or rules, {regular
+        expression for whole weight paths: fraction}, of which the first that matches a weight holds. N:M patterns say
+        it themselves.
     method: "magnitude" scores a weight by |w|; "wanda" by |w| times the root mean square of its input, and compares
         within an output channel; "sparsegpt" by what its loss does to the output when the weights that stay are
         corrected, and corrects them.
@@ -44,8 +46,8 @@ def prune(
     calibration: integer ids [N, T] that "wanda" and "sparsegpt" see; by default the text that ships with the package.
 
     The layers are pruned in order, each on what the pruned ones before it put out.
-    Raises ValueError for a pattern that a weight's shape does not divide, a rule or `match` that matches nothing, and for
-    a model that is quantised already.
+    Raises ValueError for a pattern that a weight's shape does not divide, a rule or `match` that matches nothing, and
+    for a model that is quantised already.
     Sources: Han et al. 2015; Sun et al. 2024 (Wanda); Frantar & Alistarh 2023 (SparseGPT); Mishra et al. 2021 (2:4).
     """
     shape = parse_pattern(pattern)
@@ -68,7 +70,7 @@ def prune(
     args = {"sparsity": dict(sparsity) if isinstance(sparsity, Mapping) else float(sparsity), "method": method}
     args |= {"pattern": pattern, "scope": scope} | ({} if isinstance(sparsity, Mapping) else {"match": match})
     if scope == "global":
-        assert isinstance(sparsity, float)
+        assert not isinstance(sparsity, Mapping)
         return partial(_prune_globally, float(sparsity), method, match, args, calibration)
 
     def plan(lm: LM) -> Plan:
@@ -76,8 +78,6 @@ def prune(
         for path in fractions:
             rows = math.prod(info[path].shape[: -info[path].contracted])
             check_pattern(shape, rows, math.prod(info[path].shape) // rows, path)
-            if method != "magnitude" and not path.startswith("layers_"):
-                raise ValueError(f"{method} does not reach {path}, whose inputs are not calibrated; use magnitude for it.")
 
         def change(group: str, leaves: Leaves, inputs: Mapping[str, Inputs]) -> Leaves:
             out, factors = dict(leaves), {}
@@ -104,6 +104,8 @@ def prune(
 def _plan(lm: LM, method: str, paths: list[str], change: Any, args: Mapping[str, Any], calibration: Any) -> Plan:
     if method == "magnitude":
         return Plan(lm.cfg, change, args, paths)
+    if beyond := [path for path in paths if not path.startswith("layers_")]:
+        raise ValueError(f"{method} does not reach {beyond[0]}, whose inputs are not calibrated; use magnitude for it.")
     tokens_NT = calibration_tokens(lm, calibration)
     kinds: tuple[Kind, ...] = ("hessian",) if method == "sparsegpt" else ("mean_square",)
     sites: dict[str, tuple[str, ...]] = {}
@@ -123,7 +125,9 @@ def _score(w: jax.Array, mean_square_K: jax.Array | None, contracted: int) -> ja
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
-def _zero(w: jax.Array, mean_square_K: jax.Array | None, contracted: int, pattern: Pattern, sparsity: float) -> jax.Array:
+def _zero(
+    w: jax.Array, mean_square_K: jax.Array | None, contracted: int, pattern: Pattern, sparsity: float
+) -> jax.Array:
     score_NK = _score(w, mean_square_K, contracted)
     rows, columns = score_NK.shape
     by_row = mean_square_K is not None and pattern.block == (1, 1)
@@ -131,7 +135,7 @@ def _zero(w: jax.Array, mean_square_K: jax.Array | None, contracted: int, patter
     count: Any = int(sparsity * (w.size // (row * column)))
     if by_row:  # as evenly as the exact total allows
         ends = [int(sparsity * columns * r) for r in range(rows + 1)]
-        count = jnp.asarray([[b - a] for a, b in zip(ends, ends[1:], strict=False)], jnp.int32)
+        count = jnp.asarray([[b - a] for a, b in itertools.pairwise(ends)], jnp.int32)
     gone_NK = choose(score_NK, pattern, count, by_row)
     return jnp.where(gone_NK.reshape(w.shape), jnp.zeros((), w.dtype), w)
 
@@ -150,8 +154,9 @@ def _prune_globally(
         walk.embed(lm.cfg, lm.params["embed"])
         for i in range(lm.cfg.num_layers):
             layer = lm.params[f"layers_{i}"]
-            for site, found in walk.inputs(lm.cfg.layer(i), layer, plan.kinds, plan.sites.get(f"layers_{i}", ())).items():
-                squares |= {f"layers_{i}/{reader}": found.mean_square for reader in flatten(layer) if SITE_OF.get(reader) == site}
+            sites = plan.sites.get(f"layers_{i}", ())
+            for site, found in walk.inputs(lm.cfg.layer(i), layer, plan.kinds, sites).items():
+                squares |= {f"layers_{i}/{reader}": found.mean_square for reader in SITES[site]}
             walk.advance(lm.cfg.layer(i), layer)
     scores = [partial(_score, flat[path], squares.get(path), info[path].contracted) for path in paths]
     threshold, ties = global_threshold(scores, int(sparsity * sum(flat[path].size for path in paths)))
