@@ -61,7 +61,7 @@ def round_int8(x_BTKH: jax.Array) -> Rounded:
     """Rounds each head of each token to 255 levels."""
     x_BTKH = x_BTKH.astype(jnp.float32)
     absmax = jnp.max(jnp.abs(x_BTKH), axis=-1, keepdims=True)
-    scale = jnp.where(absmax > 0, absmax / INT8_MAX, 1.0)
+    scale = jnp.where(absmax == 0, 1.0, absmax / INT8_MAX)  # a NaN stays one
     return Rounded(jnp.round(x_BTKH / scale).astype(jnp.int8), scale)
 
 

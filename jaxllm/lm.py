@@ -76,7 +76,7 @@ def chain(*transforms: Transform) -> Transform:
 
 
 # A transform may follow those of its own stage and of earlier ones; None: any.
-_STAGES = {"load": 0, "init": 0, "compact": 1, "prune": 1, "quantize": 2, "quantize_kv": None}
+_STAGES = {"load": 0, "init": 0, "compact": 1, "prune": 2, "quantize": 3, "quantize_kv": None}
 
 
 def require_order(lm: LM, name: str) -> None:
@@ -92,10 +92,10 @@ def check_order(done: Sequence[str], name: str) -> None:
     if stage is None:
         return
     if late := [other for other in done if (_STAGES[other] or 0) > stage]:
-        before = [other for other, at in _STAGES.items() if at and at <= stage]
+        order = [other for other, at in _STAGES.items() if at]
         raise ValueError(
-            f"{name} cannot follow {late[0]}: it needs float weights. "
-            f"Do {', '.join(before)} first and {late[0]} last, from the original checkpoint."
+            f"{name} cannot follow {late[0]}: what one decided the other would undo. The order is {', '.join(order)}; "
+            "start from the original checkpoint."
         )
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 import jaxllm
-from jaxllm.cli import main
+from jaxllm.cli import COMMANDS, main
 from jaxllm.text import Tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -188,7 +188,7 @@ def test_bad_input_is_one_line_on_stderr_before_slow_work(capsys, model, tmp_pat
     monkeypatch.setattr(sys.modules["jaxllm.compile"], "ThreadPoolExecutor", too_late)
     monkeypatch.setattr("jaxllm.calibrate.Walk", too_late)
     monkeypatch.setattr("jaxllm.transforms.layerwise.run", too_late)
-    monkeypatch.setattr("jaxllm.search.layer_damage", too_late)
+    monkeypatch.setattr(sys.modules["jaxllm.search"], "layer_damage", too_late)
     out = tmp_path / "out"
     code, _, stdout, err = run(capsys, *[arg.replace("MODEL", model).replace("OUT", str(out)) for arg in argv])
     errors = [line for line in err.splitlines() if line.startswith("jaxllm: error:")]
@@ -311,18 +311,7 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(model, tmp_path):
 
 
 def test_every_command_has_help(capsys):
-    for command in (
-        "quickstart",
-        "optimize",
-        "search",
-        "bisect",
-        "generate",
-        "chat",
-        "eval",
-        "bench",
-        "info",
-        "export",
-    ):
+    for command in COMMANDS:
         with pytest.raises(SystemExit) as exit:
             main([command, "--help"])
         assert exit.value.code == 0

@@ -142,7 +142,10 @@ def parser() -> argparse.ArgumentParser:
     sub = command("bisect", "name the transform and the layer that broke a model")
     model(sub)
     sub.add_argument("--reference", metavar="MODEL", required=True, help="the original that it was made from")
-    windows(sub, 2)
+    sub.add_argument(
+        "--calibration", type=Path, help=f"the text that it was calibrated on, {TEXT}; default: the shipped"
+    )
+    windows(sub, 1)
 
     sub = command("generate", "continue prompts, or answer them with --chat")
     model(sub)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -193,6 +192,7 @@ def _numbers(option: str, text: str, number: Any) -> tuple[Any, ...]:
 
 def bisect(args: argparse.Namespace) -> dict[str, Any]:
     lm, reference = common.load(args.model, args.dtype), common.load(args.reference, args.dtype)
-    diagnosis = find_culprit(lm, reference, common.windows(args, reference), log=common.log)
+    calibration = None if args.calibration is None else read_text(args.calibration)
+    diagnosis = find_culprit(lm, reference, common.windows(args, reference), calibration, log=common.log)
     Console(width=None if common.to_terminal() else 150).print(bisect_table(diagnosis))
-    return json.loads(json.dumps(dataclasses.asdict(diagnosis)))
+    return dataclasses.asdict(diagnosis)

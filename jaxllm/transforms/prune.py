@@ -20,7 +20,7 @@ from jaxllm.transforms.layerwise import Layerwise, Leaves, Plan, each_alone
 from jaxllm.transforms.mask import Pattern, below_threshold, check_pattern, choose, global_threshold, parse_pattern
 
 Method = Literal["magnitude", "wanda", "sparsegpt"]
-_SPARSITY_STEP = 0.05  # between those that are tried for a layer
+_SPARSITY_STEP = 0.1  # between those that are tried for a layer
 IN_LAYERS = r"layers_\d+/.*"  # leaves embedding and head alone
 
 
@@ -35,8 +35,9 @@ def prune(
     """Zeroes the weights that matter least.
 
     sparsity: fraction of zeros, in [0, 1), exact: floor(sparsity * size) weights, or blocks, become zero, the first of
-        equal ones. Or rules, {regular expression for whole weight paths: fraction}, of which the first that matches a
-        weight holds. N:M patterns say it themselves.
+        equal ones; more only where there are more zeros already (in a channel, for "wanda"). Or rules, {regular
+        expression for whole weight paths: fraction}, of which the first that matches a weight holds. N:M patterns say
+        it themselves.
     method: "magnitude" scores a weight by |w|; "wanda" by |w| times the root mean square of its input, and compares
         within an output channel; "sparsegpt" by what its loss does to the output when the weights that stay are
         corrected, and corrects them.
@@ -75,18 +76,13 @@ def prune(
         raise ValueError('scope="sensitivity" goes with one sparsity, not with rules or a pattern that says it.')
     if scope != "layer":
         assert not isinstance(sparsity, Mapping)
-        search = _prune_globally if scope == "global" else _prune_by_sensitivity
-        return partial(search, float(sparsity), args, calibration)
+        return partial(_prune_globally if scope == "global" else _prune_by_sensitivity, sparsity, args, calibration)
 
     def plan(lm: LM) -> Plan:
         info, fractions = lm.info, assign(rules, lm.info)
         for path in fractions:
             rows = math.prod(info[path].shape[: -info[path].contracted])
             check_pattern(shape, rows, math.prod(info[path].shape) // rows, path)
-            if method != "magnitude" and not path.startswith("layers_"):
-                raise ValueError(
-                    f"{method} does not reach {path}, whose inputs are not calibrated; use magnitude for it."
-                )
 
         def change(group: str, leaves: Leaves, inputs: Mapping[str, Inputs]) -> Leaves:
             out, factors = dict(leaves), {}
@@ -113,6 +109,8 @@ def prune(
 def _plan(lm: LM, method: str, paths: list[str], change: Any, args: Mapping[str, Any], calibration: Any) -> Plan:
     if method == "magnitude":
         return Plan(lm.cfg, change, args, paths)
+    if beyond := [path for path in paths if not path.startswith("layers_")]:
+        raise ValueError(f"{method} does not reach {beyond[0]}, whose inputs are not calibrated; use magnitude for it.")
     tokens_NT = calibration_tokens(lm, calibration)
     kinds: tuple[Kind, ...] = ("hessian",) if method == "sparsegpt" else ("mean_square",)
     sites: dict[str, tuple[str, ...]] = {}
@@ -183,7 +181,7 @@ def _prune_by_sensitivity(sparsity: float, args: Mapping[str, Any], calibration:
         sum(math.prod(lm.info[path].shape) for path in paths if path.startswith(f"layers_{i}/"))
         for i in range(lm.cfg.num_layers)
     ]
-    tried = [s for step in range(-4, 5) if 0 <= (s := round(sparsity + step * _SPARSITY_STEP, 4)) < 1]
+    tried = [s for step in range(-2, 3) if 0 <= (s := round(sparsity + step * _SPARSITY_STEP, 4)) < 1]
     options: dict[Hashable, Layerwise] = {
         s: cast(Layerwise, prune(s, args["method"], args["pattern"], match=match, calibration=tokens_NT)) for s in tried
     }
