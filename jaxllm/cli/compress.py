@@ -40,12 +40,12 @@ def optimize(args: argparse.Namespace) -> dict[str, Any]:
     common.check_out(args.out)
     work = None if args.no_report else Workload(rounds=args.rounds, batch=args.batch, max_len=args.max_len)
     lm = common.load(args.model, args.dtype)
+    steps = _steps(args, lm)
+    check(lm, list(steps.values()))
     windows = None
     if work is not None:
         windows = common.windows(args, lm)
         choose_max_len(lm.cfg, work.max_len)
-    steps = _steps(args, lm)
-    check(lm, list(steps.values()))
     models, name = {"original": lm}, ""
     for step, transform in steps.items():
         common.log(f"applying {step}")
