@@ -77,7 +77,10 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}; expected a positive number.")
-        for heads, kv_heads in zip(self.widths("num_heads"), self.widths("num_kv_heads"), strict=True):
+        pairs = [(self.num_heads, self.num_kv_heads)]
+        if any(isinstance(heads, tuple) for heads in pairs[0]):  # num_layers alone may be a stranger's word, of any size
+            pairs = list(zip(self.widths("num_heads"), self.widths("num_kv_heads"), strict=True))
+        for heads, kv_heads in pairs:
             if heads % kv_heads:
                 raise ValueError(
                     f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}; "
