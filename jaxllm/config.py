@@ -77,9 +77,11 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}; expected a positive number.")
-        pairs = [(self.num_heads, self.num_kv_heads)]
-        if any(isinstance(heads, tuple) for heads in pairs[0]):  # num_layers alone may be a stranger's word, of any size
-            pairs = list(zip(self.widths("num_heads"), self.widths("num_kv_heads"), strict=True))
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if isinstance(heads, int) and isinstance(kv_heads, int):
+            pairs = [(heads, kv_heads)]  # num_layers may be a stranger's word: no tuple of that length
+        else:
+            pairs = zip(self.widths("num_heads"), self.widths("num_kv_heads"), strict=True)
         for heads, kv_heads in pairs:
             if heads % kv_heads:
                 raise ValueError(

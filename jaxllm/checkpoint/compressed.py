@@ -192,7 +192,8 @@ def find(config: Mapping[str, Any], cfg: ModelConfig, headers: Mapping[str, Head
     Raises ValueError for what is not supported, and for tensors that belong to no group.
     """
     for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-        if config.get(name) and config[name] != {"format": "dense"}:
+        value = config.get(name)
+        if value and not (isinstance(value, dict) and value.get("format") == "dense"):  # "dense" is no sparsity
             raise ValueError(f"quantization_config has a {name}, which is not supported.")
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
