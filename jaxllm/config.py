@@ -77,9 +77,12 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value!r}; expected a positive number.")
-        both = (self.num_heads, self.num_kv_heads)
-        rows = self.num_layers if any(isinstance(v, tuple) for v in both) else 1  # the number is a stranger's word
-        for heads, kv_heads in zip(*(v if isinstance(v, tuple) else (v,) * rows for v in both), strict=True):
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        if isinstance(heads, int) and isinstance(kv_heads, int):
+            pairs = [(heads, kv_heads)]  # num_layers may be a stranger's word: no tuple of that length
+        else:
+            pairs = zip(self.widths("num_heads"), self.widths("num_kv_heads"), strict=True)
+        for heads, kv_heads in pairs:
             if heads % kv_heads:
                 raise ValueError(
                     f"num_heads={heads} is not a multiple of num_kv_heads={kv_heads}; "

@@ -557,7 +557,7 @@ def test_hf_index_stays_in_its_directory(tmp_path, name, monkeypatch):
     shutil.move(path / "model.safetensors", tmp_path / "secret.safetensors")
     index = path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    monkeypatch.setattr(hf, "safe_open", lambda *args, **kwargs: pytest.fail("a file was opened"))
+    monkeypatch.setattr(hf, "open_file", lambda *args, **kwargs: pytest.fail("a file was opened"))
     refuses(path, "index.json")
     for text in ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'):
         index.write_text(text)

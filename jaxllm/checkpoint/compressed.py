@@ -114,9 +114,8 @@ def plan(lm: LM, log: Callable[[str], None] | None = None) -> tuple[dict[str, Te
             out |= _tensors(name.removesuffix(".weight"), schemes[path], leaf)
         else:
             out[name] = tensors.dense(leaf, shape, lm.cfg.dtype)
-    return out, _config(
-        {path: schemes.get(path) for path in info if path.startswith("layers_") and info[path].contracted}
-    )
+    linear = [path for path in info if path.startswith("layers_") and info[path].contracted]
+    return out, _config({path: schemes.get(path) for path in linear})
 
 
 def _scheme(path: str, w: QArray) -> Scheme:
@@ -193,7 +192,8 @@ def find(config: Mapping[str, Any], cfg: ModelConfig, headers: Mapping[str, Head
     Raises ValueError for what is not supported, and for tensors that belong to no group.
     """
     for name in ("kv_cache_scheme", "sparsity_config", "transform_config"):
-        if config.get(name) and config[name] != {"format": "dense"}:
+        value = config.get(name)
+        if value and not (isinstance(value, dict) and value.get("format") == "dense"):  # "dense" is no sparsity
             raise ValueError(f"quantization_config has a {name}, which is not supported.")
     groups = config.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
@@ -211,7 +211,13 @@ def find(config: Mapping[str, Any], cfg: ModelConfig, headers: Mapping[str, Head
 def _parse(group: Mapping[str, Any], layout: Any) -> Scheme:
     """The scheme of a config group; what it leaves out has the library's default."""
     weights, inputs = group.get("weights"), group.get("input_activations")
-    if layout not in ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"):
+    allowed: dict[Any, tuple[Values, ...]] = {
+        "pack-quantized": ("int4", "int8"),
+        "int-quantized": ("int8",),
+        "float-quantized": ("float8_e4m3fn",),
+        "naive-quantized": ("int8", "float8_e4m3fn"),
+    }
+    if not isinstance(layout, str) or layout not in allowed:
         raise ValueError(f"The format is {layout!r}")
     if not isinstance(weights, dict):
         raise ValueError("No weights are quantised")
@@ -220,18 +226,14 @@ def _parse(group: Mapping[str, Any], layout: Any) -> Scheme:
     values: dict[Any, Values] = {("int", 4): "int4", ("int", 8): "int8", ("float", 8): "float8_e4m3fn"}
     kind = str(weights.get("type", "int")), weights.get("num_bits", 8)
     packed, affine = layout == "pack-quantized", weights.get("symmetric", True) is not True
-    plain = {
-        "int-quantized": ["int8"],
-        "float-quantized": ["float8_e4m3fn"],
-        "naive-quantized": ["int8", "float8_e4m3fn"],
-    }
-    allowed = ["int4", "int8"] if packed else plain[layout]
-    if not isinstance(kind[1], int) or values.get(kind) not in allowed:
+    if not isinstance(kind[1], int) or values.get(kind) not in allowed[layout]:
         raise ValueError(f"{layout} weights are {kind[0]} of {kind[1]!r} bits")
     if weights.get("dynamic") or weights.get("actorder") in ("group", "dynamic"):
         raise ValueError("Weights have dynamic=true, or actorder='group', which permutes their inputs,")
     group_size = weights.get("group_size")
-    strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(group_size, "group")
+    strategy = weights.get("strategy") or (
+        "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+    )
     if strategy not in ("channel", "group"):
         raise ValueError(f"Weights have the strategy {strategy!r}")
     if strategy == "group" and not (isinstance(group_size, int) and 0 < group_size < 2**31):
@@ -246,14 +248,14 @@ def _parse(group: Mapping[str, Any], layout: Any) -> Scheme:
 
 
 def _inputs(inputs: Any) -> Inputs:
-    wanted = {"dynamic": ("token", True), "static": ("tensor", False)}
-    if isinstance(inputs, dict) and str(inputs.get("type", "int")) == "int" and inputs.get("num_bits", 8) == 8:
-        found = inputs.get("strategy") or "tensor", inputs.get("dynamic", False)
-        for how, expected in wanted.items():
-            if found == expected and inputs.get("symmetric", True) is True:
-                return how  # pyright: ignore[reportReturnType]
-    shown = {key: inputs.get(key) for key in ("type", "num_bits", "strategy", "dynamic", "symmetric")}
-    raise ValueError(f"Activations are {shown}")
+    if isinstance(inputs, dict):
+        kind = inputs.get("type", "int"), inputs.get("num_bits", 8), inputs.get("symmetric", True)
+        inputs = kind, (inputs.get("strategy") or "tensor", inputs.get("dynamic", False))
+        if inputs == (("int", 8, True), ("token", True)):
+            return "dynamic"
+        if inputs == (("int", 8, True), ("tensor", False)):
+            return "static"
+    raise ValueError(f"Activations are {inputs!r}")
 
 
 def _stored(module: str, schemes: list[Scheme], headers: Mapping[str, Header], read: Read) -> Stored:

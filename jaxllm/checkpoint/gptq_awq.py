@@ -63,7 +63,7 @@ class _Kind:
 
     def zeros(self, qzeros: np.ndarray) -> np.ndarray:
         """uint8 [out, G]. Modulo 2^bits, the inverse of how they were packed."""
-        return np.ascontiguousarray((self._outputs(qzeros).T + np.uint8(self.zero_offset)) % 2**self.bits)
+        return np.ascontiguousarray(self._outputs(qzeros).T + np.uint8(self.zero_offset)) & np.uint8(2**self.bits - 1)
 
     def _outputs(self, words: np.ndarray) -> np.ndarray:
         """uint8 [rows, out]."""

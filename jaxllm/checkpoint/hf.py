@@ -69,6 +69,8 @@ def reader(path: Path, *, origin: str, dtype: str | None = None) -> Reader:
                 f"{files[name]}: {name} is {code}; expected {', '.join(FLOATS)}. "
                 "Nothing in config.json's quantization_config says how it is quantised."
             )
+    if twice := [f"{name}.weight" for name in modules if f"{name}.weight" in found]:
+        raise ValueError(f"{path} has {names.listing(twice)} in float and quantised.")
     # Rotary frequencies follow from the config; old checkpoints store them all the same.
     ignored = {name for name in found if name.endswith(".rotary_emb.inv_freq")}
     ignored |= {"lm_head.weight"} if cfg.tie_embeddings else set()
