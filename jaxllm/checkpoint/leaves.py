@@ -18,7 +18,7 @@ from jaxllm.lm import param_info
 from jaxllm.params import ParamInfo
 
 _VALUES = ("int8", "int4", "float8_e4m3fn")
-_SCALES = ("float32", "bfloat16")
+_SCALES = ("float32", "bfloat16", "float16")
 _CHUNK = 1 << 24  # weights of a sparse leaf that are spread out at a time; a multiple of 8
 
 Description = Mapping[str, Any]  # JSON

@@ -180,5 +180,11 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("export", "write a model as a Hugging Face directory")
     model(sub)
+    sub.add_argument(
+        "--format",
+        choices=("hf", "compressed-tensors"),
+        default="hf",
+        help="hf: dequantised, for transformers (default); compressed-tensors: as quantised, for vLLM",
+    )
     sub.add_argument("--out", type=Path, required=True, help="directory to write; must not exist or be empty")
     return out

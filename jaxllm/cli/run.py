@@ -211,6 +211,9 @@ def info(args: argparse.Namespace) -> dict[str, Any]:
 def export(args: argparse.Namespace) -> dict[str, Any]:
     common.check_out(args.out)
     lm = common.load(args.model, args.dtype)
-    jaxllm.export_hf(lm, args.out)
+    if args.format == "hf":
+        jaxllm.export_hf(lm, args.out)
+    else:
+        jaxllm.export_compressed(lm, args.out, log=common.log)
     common.log(f"wrote {args.out}")
     return {"out": str(args.out)}
