@@ -95,7 +95,7 @@ def main() -> None:
         found = json.loads(done.stdout.splitlines()[-1])
         print(
             f"{size(source) / 1e9:.2f} GB of bfloat16 became {size(out) / 1e9:.2f} GB of int8 in {found['s']:.0f} s; "
-            f"the process peaked at {found['peak_bytes'] / 1e9:.2f} GB ({found['estimated_bytes'] / 1e9:.2f} estimated)."
+            f"peak memory {found['peak_bytes'] / 1e9:.2f} GB ({found['estimated_bytes'] / 1e9:.2f} estimated)."
         )
         assert found["peak_bytes"] < LIMIT_BYTES, found
 
