@@ -2,7 +2,7 @@
 
 Expected: see the table in README.md, which this prints; about 25 minutes on 2 CPU cores, all one-shot, nothing trained.
 Calibrated on the text that ships for it (32 windows of 512 tokens), measured on another (16 windows).
-Run: python recipes/compression.py [--json] [ROW …]
+Run: python recipes/every_method.py [--json] [ROW …]
 """
 
 import dataclasses
