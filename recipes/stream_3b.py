@@ -3,7 +3,8 @@
 Writes a bfloat16 Hugging Face checkpoint of Llama-3.2-3B's shape with random weights (6.4 GB), streams it to int8, and
 asserts that the process that does so stays below 3 GB. Needs 10 GB of disk; removes what it wrote.
 
-Measured: MEASURED
+Measured: 6.43 GB of bfloat16 became 2.90 GB of int8 in 123 s; the process peaked at 1.81 GB (2.57 estimated). November
+2026, jax 0.10.2, two CPU cores that other programs used as well.
 Run: python recipes/stream_3b.py [DIRECTORY]
 """
 
