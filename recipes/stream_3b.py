@@ -3,7 +3,8 @@
 Writes a bfloat16 Hugging Face checkpoint of Llama-3.2-3B's shape with random weights (6.4 GB), streams it to int8, and
 asserts that the process that does so stays below 3 GB. Needs 10 GB of disk; removes what it wrote.
 
-Measured: MEASURED
+Measured: 6.43 GB of bfloat16 became 2.90 GB of int8 in 123 s; peak 1.81 GB (2.57 GB estimated). November 2026,
+jax 0.10.2, two CPU cores that other programs used as well.
 Run: python recipes/stream_3b.py [DIRECTORY]
 """
 
@@ -93,10 +94,10 @@ def main() -> None:
             [sys.executable, __file__, "stream", str(source), str(out)], check=True, stdout=-1, text=True
         )
         found = json.loads(done.stdout.splitlines()[-1])
-        print(
-            f"{size(source) / 1e9:.2f} GB of bfloat16 became {size(out) / 1e9:.2f} GB of int8 in {found['s']:.0f} s; "
-            f"peak memory {found['peak_bytes'] / 1e9:.2f} GB ({found['estimated_bytes'] / 1e9:.2f} estimated)."
+        read, written, peak, estimated = (
+            f"{n / 1e9:.2f} GB" for n in (size(source), size(out), found["peak_bytes"], found["estimated_bytes"])
         )
+        print(f"{read} of bfloat16 became {written} of int8 in {found['s']:.0f} s; peak {peak} ({estimated} estimated)")
         assert found["peak_bytes"] < LIMIT_BYTES, found
 
 

@@ -80,8 +80,10 @@ def optimize_checkpoint(
     out = Path(out).resolve()
     work = _Partial(out, _job(reader, model))
     expected = estimate(reader, stages, model.cfg, out)
-    if work.check():
-        work.remove()  # but for this, an earlier run had finished
+    finished = work.check()
+    if finished and not dry_run:
+        work.remove()  # an earlier run did all but this
+    if finished:
         return expected
     written = sum(file.stat().st_size for file in work.model.rglob("*") if file.is_file())
     native.check_room(out, max(0, expected.bytes_out + expected.stream_bytes - written))
@@ -189,7 +191,8 @@ class _Partial:
             try:
                 yield
             except BaseException:
-                if self._latest is None and self._path.exists():  # nothing to go on with
+                arrays = self.model / native.ARRAYS
+                if arrays.is_dir() and not any(arrays.iterdir()):  # nothing to go on with
                     self.remove()
                 raise
 
