@@ -545,7 +545,6 @@ def test_gptq(tmp_path, layout, bits, group, sym):
     truth = write_quantised(tmp_path / "model", "gptq", bits, group, sym, **config)
     loaded = load(tmp_path / "model")
     assert_is(loaded, truth, bits, sym)
-    name = f"int{bits}{'' if group == -1 else '-g16'}{'' if sym else '-affine'}"
     assert loaded.ledger[1].args == {"imported": "gptq"}
     assert np.isfinite(jaxllm.logits(loaded, TOKENS)).all()
 
