@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -157,6 +157,11 @@ def describe(tokens_NT: np.ndarray) -> dict[str, Any]:
     return {"windows": list(tokens_NT.shape), "sha256": hashlib.sha256(tokens_NT.tobytes()).hexdigest()[:16]}
 
 
-def readers_of(paths: Sequence[str]) -> set[str]:
-    """The sites that these weights of a layer read."""
-    return {SITE_OF[path] for path in paths if path in SITE_OF}
+def sites_of(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """By layer ("layers_3"), the sites that these weights of it read."""
+    out: dict[str, tuple[str, ...]] = {}
+    for path in paths:
+        group, _, name = path.partition("/")
+        if name in SITE_OF:
+            out[group] = tuple(dict.fromkeys((*out.get(group, ()), SITE_OF[name])))
+    return out

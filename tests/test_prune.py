@@ -230,7 +230,7 @@ def test_a_block_goes_by_the_sum_of_its_scores():
         ({"pattern": "3:5"}, r"layers_0/attn/\w/w is \d+ x 32, which neither blocks of 1 x 5"),
         ({"sparsity": 0.5, "pattern": "24x4"}, r"layers_0/attn/\w/w is \d+ x 32, which neither blocks of 24 x 4"),
         ({"sparsity": 0.5, "method": "movement"}, "method is 'movement'; expected one of magnitude, wanda, sparsegpt"),
-        ({"sparsity": 0.5, "scope": "world"}, 'scope is .*"layer" or "global"'),
+        ({"sparsity": 0.5, "scope": "world"}, 'scope is .*"global" or "sensitivity"'),
         ({"sparsity": 0.5, "scope": "global", "method": "sparsegpt"}, 'scope="global" goes with'),
         ({"pattern": "2:4", "scope": "global"}, 'scope="global" goes with'),
         ({"sparsity": 0.5, "match": "mlp"}, r"No weight path matches 'mlp'.*layers_N/mlp/gate/w"),

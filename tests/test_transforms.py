@@ -172,7 +172,7 @@ def test_the_ledger_tells_what_was_done(tiny):
     [
         (lambda: jaxllm.prune(1.0), r"sparsity is 1.0; expected .* \[0, 1\)"),
         (lambda: jaxllm.prune(-0.1), "sparsity is -0.1"),
-        (lambda: jaxllm.prune(0.5, scope="world"), 'scope is .*"layer" or "global"'),
+        (lambda: jaxllm.prune(0.5, scope="world"), 'scope is .*"global" or "sensitivity"'),
         (lambda: jaxllm.prune(0.5, match="mlp"), r"No weight path matches 'mlp'.*layers_N/mlp/gate/w"),
         (lambda: jaxllm.prune(0.5, match="("), "not a regular expression"),
         (lambda: jaxllm.quantize({"nothing": "int8"}), "No weight path matches"),

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxllm.calibrate import SITE_OF, SITES, Inputs, Kind, Walk, calibration_tokens, describe
+from jaxllm.calibrate import SITE_OF, SITES, Inputs, Kind, Walk, calibration_tokens, describe, sites_of
 from jaxllm.lm import LM, Transform, record, require_order
 from jaxllm.params import assign, flatten, select, unflatten
 from jaxllm.sensitivity import Option, allocate, layer_damage, within
@@ -113,12 +113,8 @@ def _plan(lm: LM, method: str, paths: list[str], change: Any, args: Mapping[str,
         raise ValueError(f"{method} does not reach {beyond[0]}, whose inputs are not calibrated; use magnitude for it.")
     tokens_NT = calibration_tokens(lm, calibration)
     kinds: tuple[Kind, ...] = ("hessian",) if method == "sparsegpt" else ("mean_square",)
-    sites: dict[str, tuple[str, ...]] = {}
-    for path in paths:
-        group, _, name = path.partition("/")
-        sites[group] = tuple(dict.fromkeys((*sites.get(group, ()), SITE_OF[name])))
     args = {**args, "calibration": describe(tokens_NT)}
-    return Plan(lm.cfg, change, args, paths, tokens_NT, kinds, sites)
+    return Plan(lm.cfg, change, args, paths, tokens_NT, kinds, sites_of(paths))
 
 
 @partial(jax.jit, static_argnums=2)

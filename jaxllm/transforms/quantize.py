@@ -14,10 +14,10 @@ import numpy as np
 
 from jaxllm import formats
 from jaxllm.arrays import INT8_MAX, QArray
-from jaxllm.calibrate import BIN_EDGES, SITE_OF, SITES, Inputs, Kind, calibration_tokens, describe
+from jaxllm.calibrate import BIN_EDGES, SITE_OF, SITES, Inputs, Kind, calibration_tokens, describe, sites_of
 from jaxllm.formats import Format
 from jaxllm.lm import LM, Transform
-from jaxllm.params import assign
+from jaxllm.params import assign, flatten
 from jaxllm.transforms import obs, scaling
 from jaxllm.transforms.layerwise import Layerwise, Leaves, Plan
 
@@ -81,14 +81,14 @@ def quantize(
                 raise ValueError(
                     f"{fmt.name} does not reach {path}: a looked-up table has no activations. Give it int8."
                 )
+        _refuse_quantised({path: leaf for path, leaf in flatten(lm.params).items() if path in chosen})
         contracted = {path: entry.contracted for path, entry in info.items()}
         widths = {path: math.prod(info[path].shape[-contracted[path] :]) for path in chosen}
         bits = {path: fmt.bits_per_weight(widths[path]) for path, fmt in chosen.items()}
 
         def change(group: str, leaves: Leaves, inputs: Mapping[str, Inputs]) -> Leaves:
             own = {name: chosen[path] for name in leaves if (path := f"{group}/{name}") in chosen}
-            if done := [name for name in own if isinstance(leaves[name], QArray)]:
-                raise ValueError(f"{group}/{done[0]} is quantised already; start from the original checkpoint.")
+            _refuse_quantised({f"{group}/{name}": leaves[name] for name in own})
             axes = {name: contracted[f"{group}/{name}"] for name in leaves}
             layer_cfg = lm.cfg.layer(0 if not group.startswith("layers_") else int(group.removeprefix("layers_")))
             return _quantize_group(layer_cfg, leaves, inputs, own, axes, how)
@@ -99,14 +99,15 @@ def quantize(
         if not (kinds := how.kinds(layers.values())):
             return Plan(lm.cfg, change, args, list(chosen), bits=bits)
         tokens_NT = calibration_tokens(lm, calibration)
-        sites: dict[str, tuple[str, ...]] = {}
-        for path in layers:
-            group, _, name = path.partition("/")
-            sites[group] = tuple(dict.fromkeys((*sites.get(group, ()), SITE_OF[name])))
         args["calibration"] = describe(tokens_NT)
-        return Plan(lm.cfg, change, args, list(chosen), tokens_NT, kinds, sites, bits)
+        return Plan(lm.cfg, change, args, list(chosen), tokens_NT, kinds, sites_of(layers), bits)
 
     return Layerwise("quantize", plan)
+
+
+def _refuse_quantised(leaves: Leaves) -> None:
+    if done := [path for path, leaf in leaves.items() if isinstance(leaf, QArray)]:
+        raise ValueError(f"{done[0]} is quantised already; start from the original checkpoint.")
 
 
 @dataclasses.dataclass(frozen=True)
