@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -262,8 +263,12 @@ def compile(lm: LM, *, batch: int = 1, max_len: int | None = None, mesh: Mesh | 
     Raises ValueError when max_len is more than the model was trained for or the mesh does not divide the model.
     """
     max_len = choose_max_len(lm.cfg, max_len)
-    programs = compile_programs(lm.cfg, lm.params, batch, max_len, mesh)
     params = lm.params
+    if mesh is not None and mesh.devices.flat[0].platform == "cpu":
+        # A program compiled ahead refuses every sharded int4 array here, taking its layout for another (jax 0.10). On
+        # CPU an int4 takes a byte in any case.
+        params = jax.tree.map(lambda x: x.astype(jnp.int8) if x.dtype == jnp.int4 else x, params)
+    programs = compile_programs(lm.cfg, params, batch, max_len, mesh)
     if mesh is not None:
         params = jax.device_put(params, shard.param_shardings(lm.cfg, params, mesh))
     return Engine(lm.cfg, params, programs, lm.tokenizer, max_len, mesh)

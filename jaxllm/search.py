@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -20,15 +20,15 @@ from jaxllm.lm import LM, chain
 from jaxllm.measure import Workload, measure, read_bandwidth
 from jaxllm.params import flatten
 from jaxllm.sensitivity import Option, allocate, layer_damage, within
-from jaxllm.transforms.compact import compact, keep_layers
+from jaxllm.transforms.compact import compact, keep_layers, kept_counts
 from jaxllm.transforms.layerwise import Layerwise, each_alone
-from jaxllm.transforms.quantize import Clip, Method, quantize
+from jaxllm.transforms.prune import IN_LAYERS
+from jaxllm.transforms.quantize import ENDS, Clip, Method, quantize
 
 _log = logging.getLogger(__name__)
 
 Unit = Literal["bytes", "ms", "params"]
 FLOAT = "float"
-_ENDS = "embed/w|head/w"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Space:
         for fraction in self.ffn:
             if not 0 < fraction <= 1:
                 raise ValueError(f"ffn has {fraction}; expected fractions of the channels that stay, in (0, 1].")
+
+    def choices(self) -> list[Choice]:
+        """Of a layer that stays."""
+        mixes = itertools.product(self.formats, self.ffn, (None, *self.kv_heads))
+        return [Choice(name, fraction, count) for name, fraction, count in mixes]
 
     def parts(self) -> list[Space]:
         """This space and those with less freedom. Damages do not quite add up, least of all those of whole layers, so
@@ -93,14 +98,14 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a search found. best: the index of the candidate that keeps budget and bound with the least KL."""
+    """What a search found. best: index of the candidate that keeps budget and bound with the least KL; None if none."""
 
     unit: Unit
     budget: float
     original_cost: float
     original: Quality
     candidates: tuple[Candidate, ...]
-    best: int
+    best: int | None
 
 
 def search(
@@ -125,7 +130,7 @@ def search(
         batch 1 on this machine, or parameters, by `unit`.
     max_kl: the most that the chosen mix may differ from the original, in nats.
     method, clip: of the quantisation; single layers are always rounded to nearest.
-    Raises ValueError when no mix of the space is so cheap, or none that is keeps max_kl.
+    Raises ValueError when no mix of the space is so cheap.
     """
     space = Space() if space is None else space
     if unit not in get_args(Unit):
@@ -133,8 +138,14 @@ def search(
     if not budget > 0:
         raise ValueError(f"budget is {budget}; expected a fraction of the original's cost, or more than 1 of {unit}.")
     calibration_NT = calibration_tokens(lm, calibration)
-    costs = _Costs(lm, unit, space)
+    if windows < 1:
+        raise ValueError(f"windows is {windows}; sensitivity is measured on at least one.")
+    costs = _Costs(lm, unit, space, calibration_NT)
     limit = budget * costs.original if budget <= 1 else budget
+    if (least := costs.least(space)) > limit:
+        raise ValueError(
+            f"The budget is {limit:.4g} {unit}; the cheapest choice of the options given costs {least:.4g}."
+        )
     damage = _measure(lm, space, calibration_NT, windows, clip)
     ends = _ends(lm, space, costs, calibration_NT[:windows])
 
@@ -158,15 +169,7 @@ def search(
         _log.info("search: making and measuring %s", name)
         candidates.append(_candidate(lm, name, chosen, costs, tokens_NT, calibration_NT, how))
     allowed = [i for i, c in enumerate(candidates) if c.cost <= limit * (1 + 1e-6) and c.quality.kl <= max_kl]
-    if not allowed:
-        least = min((c for c in candidates if c.cost <= limit * (1 + 1e-6)), key=lambda c: c.quality.kl, default=None)
-        raise ValueError(
-            f"No mix within {limit:.4g} {unit} keeps KL <= {max_kl}: the best has {least.quality.kl:.3f}. "
-            "Allow more of either, or a larger space."
-            if least
-            else f"No mix that was made is within {limit:.4g} {unit}; allow more, or a larger space."
-        )
-    best = min(allowed, key=lambda i: candidates[i].quality.kl)
+    best = min(allowed, key=lambda i: candidates[i].quality.kl, default=None)
     original = compare(lm, lm, tokens_NT)
     return Result(unit, limit, costs.original, original, tuple(candidates), best)
 
@@ -178,60 +181,72 @@ def _cheapest(front: Sequence[tuple[Option, ...]]) -> float:
 class _Costs:
     """What a layer of a shape and a format, and what is in no layer, cost in the search's unit."""
 
-    def __init__(self, lm: LM, unit: Unit, space: Space):
+    def __init__(self, lm: LM, unit: Unit, space: Space, calibration_NT: np.ndarray):
         self.unit, self._lm = unit, lm
-        quantised = {
-            name: lm if name == FLOAT else quantize({_IN_LAYERS: name})(lm) for name in {FLOAT, *space.formats}
-        }
-        sizes = {name: _in_layers(model, unit) for name, model in quantised.items()}
-        total = lm.num_params if unit == "params" else lm.weight_bytes
-        self._ends = {FLOAT: total - sizes[FLOAT]}
+        names = {FLOAT, *space.formats}
+        in_layers, total = _in_layers(lm, unit), float(lm.num_params if unit == "params" else lm.weight_bytes)
+        self.ends = {FLOAT: total - in_layers}
+        sizes = {name: in_layers if unit == "params" or name == FLOAT else self._bytes(name) for name in names}
         if space.formats != (FLOAT,):
-            small = quantize({_ENDS: "int8"})(lm)
-            small_total = small.num_params if unit == "params" else small.weight_bytes
-            self._ends["int8"] = small_total - sizes[FLOAT]
+            small = quantize({ENDS: "int8"})(lm)
+            self.ends["int8"] = float(small.num_params if unit == "params" else small.weight_bytes) - in_layers
         if unit == "ms":
-            sizes = self._time(quantised)
-        params = _in_layers(lm, "params")
-        self._per_param = {name: size / params for name, size in sizes.items()}
-        self.original = sizes[FLOAT] + self._ends[FLOAT]
+            sizes = self._time(names, calibration_NT)
+        self._per_param = {name: size / _in_layers(lm, "params") for name, size in sizes.items()}
+        self.original = sizes[FLOAT] + self.ends[FLOAT]
 
-    def _time(self, models: Mapping[str, LM]) -> dict[str, float]:
-        """Milliseconds of a decode step in all layers; those outside them go to `_ends`.
+    def _bytes(self, name: str) -> float:
+        """Of all layers in a format."""
+        total = 0.0
+        for path, leaf in flatten(self._lm.params).items():
+            info = self._lm.info[path]
+            if info.contracted and path.startswith("layers_"):
+                width = math.prod(info.shape[-info.contracted :])
+                total += leaf.size * formats.parse(name).bits_per_weight(width) / 8
+            elif path.startswith("layers_"):
+                total += leaf.nbytes
+        return total
+
+    def _time(self, names: Collection[str], calibration_NT: np.ndarray) -> dict[str, float]:
+        """Milliseconds of a decode step in all layers; those outside them go to `ends`.
 
         A model of one layer tells the two apart, and int8 outside the layers is timed with it.
         """
+        models = {
+            name: self._lm if name == FLOAT else quantize({IN_LAYERS: name}, calibration=calibration_NT)(self._lm)
+            for name in names
+        }
         one = keep_layers(self._lm, [0])
         timed = {**models, "one layer": one}
-        if "int8" in self._ends:
-            timed["one layer, int8 ends"] = quantize({_ENDS: "int8"})(one)
-        work = Workload(prompt_tokens=16, new_tokens=48, rounds=3, max_len=128)
+        if "int8" in self.ends:
+            timed["one layer, int8 ends"] = quantize({ENDS: "int8"})(one)
+        work = Workload(prompt_tokens=16, new_tokens=48, rounds=3, max_len=min(128, self._lm.cfg.max_len))
         engines = {name: compile_lm(model, max_len=work.max_len) for name, model in timed.items()}
         speeds = measure(engines, work, read_bandwidth(), _log.info)
-        layers = self._lm.cfg.num_layers
-        a_layer = (speeds[FLOAT].step_ms - speeds["one layer"].step_ms) / max(1, layers - 1)
-        outside = speeds["one layer"].step_ms - a_layer
-        self._ends[FLOAT] = outside
-        if "int8" in self._ends:
-            self._ends["int8"] = speeds["one layer, int8 ends"].step_ms - a_layer
-        return {name: speeds[name].step_ms - outside for name in models}
-
-    def ends(self) -> dict[str, float]:
-        return self._ends
+        a_layer = (speeds[FLOAT].step_ms - speeds["one layer"].step_ms) / max(1, self._lm.cfg.num_layers - 1)
+        for name, of in zip(self.ends, ("one layer", "one layer, int8 ends"), strict=False):
+            self.ends[name] = speeds[of].step_ms - a_layer
+        return {name: speeds[name].step_ms - self.ends[FLOAT] for name in models}
 
     def layer(self, i: int, choice: Choice) -> float:
         if choice.format is None:
             return 0.0
-        flat = flatten(self._lm.params[f"layers_{i}"])
-        cfg, kept = self._lm.cfg, 0.0
-        heads = 1.0 if choice.kv_heads is None else min(1.0, choice.kv_heads / cfg.widths("num_kv_heads")[i])
-        for path, leaf in flat.items():
-            share = choice.ffn if path.startswith("mlp/") else heads if path.startswith("attn/") else 1.0
-            kept += leaf.size * share
-        return kept * self._per_param[choice.format]
+        own = self._lm.cfg.layer(i)
+        kept = kept_counts(own, ffn=choice.ffn)["ffn"][0] / own.widths("ffw_dim")[0]
+        heads = 1.0 if choice.kv_heads is None else min(1.0, choice.kv_heads / own.widths("num_kv_heads")[0])
+        shares = {"mlp": kept, "attn": heads}
+        leaves = flatten(self._lm.params[f"layers_{i}"]).items()
+        return (
+            sum(leaf.size * shares.get(path.split("/")[0], 1.0) for path, leaf in leaves)
+            * self._per_param[choice.format]
+        )
 
-
-_IN_LAYERS = r"layers_\d+/.*"
+    def least(self, space: Space) -> float:
+        """Of the cheapest mix."""
+        if space.drop:
+            return min(self.ends.values())
+        layers = [min(self.layer(i, choice) for choice in space.choices()) for i in range(self._lm.cfg.num_layers)]
+        return min(self.ends.values()) + sum(layers)
 
 
 def _in_layers(lm: LM, unit: Unit) -> float:
@@ -244,32 +259,30 @@ def _measure(lm: LM, space: Space, tokens_NT: np.ndarray, windows: int, clip: Cl
     changes: dict[Hashable, Layerwise] = {}
     for name in space.formats:
         if name != FLOAT:
-            changes["format", name] = cast(Layerwise, quantize({_IN_LAYERS: name}, "rtn", _clip(clip, name)))
+            how: Clip = "absmax" if name == "fp8" else clip
+            changes["format", name] = cast(Layerwise, quantize({IN_LAYERS: name}, "rtn", how, calibration=tokens_NT))
     for fraction in space.ffn:
         if fraction < 1:
             changes["ffn", fraction] = cast(Layerwise, compact(ffn=fraction, calibration=tokens_NT))
+    own = lm.cfg.widths("num_kv_heads")
     for heads in space.kv_heads:
-        if heads < min(lm.cfg.widths("num_kv_heads")):
-            changes["kv_heads", heads] = cast(Layerwise, compact(kv_heads=heads, calibration=tokens_NT))
+        if heads < max(own):
+            fewer = [min(heads, count) for count in own]
+            changes["kv_heads", heads] = cast(Layerwise, compact(kv_heads=fewer, calibration=tokens_NT))
     alone = each_alone(lm, changes, tokens_NT)
     gone = {("drop",): None} if space.drop else {}
     _log.info("search: %d changes of each of %d layers", len(changes) + len(gone), lm.cfg.num_layers)
     return layer_damage(lm, tokens_NT[:windows], lambda i: {**alone(i), **gone})
 
 
-def _clip(clip: Clip, name: str) -> Clip:
-    return "absmax" if name == "fp8" else clip
-
-
 def _options(lm: LM, space: Space, costs: _Costs, i: int, damage: Mapping[Hashable, float]) -> list[Option]:
-    own = lm.cfg.widths("num_kv_heads")[i]
-    heads: list[int | None] = [None, *(count for count in space.kv_heads if count < own)]
     out = []
-    for name, fraction, count in itertools.product(space.formats, space.ffn, heads):
-        lost = damage["format", name] if name != FLOAT else 0.0
-        lost += damage["ffn", fraction] if fraction < 1 else 0.0
-        lost += damage["kv_heads", count] if count is not None else 0.0
-        choice = Choice(name, fraction, count)
+    for choice in space.choices():
+        if choice.kv_heads is not None and choice.kv_heads >= lm.cfg.widths("num_kv_heads")[i]:
+            continue
+        lost = damage["format", choice.format] if choice.format != FLOAT else 0.0
+        lost += damage["ffn", choice.ffn] if choice.ffn < 1 else 0.0
+        lost += damage["kv_heads", choice.kv_heads] if choice.kv_heads is not None else 0.0
         out.append(Option(choice, costs.layer(i, choice), lost))
     if space.drop:
         out.append(Option(Choice(None), 0.0, damage[("drop",)]))
@@ -277,9 +290,9 @@ def _options(lm: LM, space: Space, costs: _Costs, i: int, damage: Mapping[Hashab
 
 
 def _ends(lm: LM, space: Space, costs: _Costs, tokens_NT: np.ndarray) -> list[Option]:
-    out = [Option(FLOAT, costs.ends()[FLOAT], 0.0)]
-    if "int8" in costs.ends():
-        out.append(Option("int8", costs.ends()["int8"], compare(quantize({_ENDS: "int8"})(lm), lm, tokens_NT).kl))
+    out = [Option(FLOAT, costs.ends[FLOAT], 0.0)]
+    if "int8" in costs.ends:
+        out.append(Option("int8", costs.ends["int8"], compare(quantize({ENDS: "int8"})(lm), lm, tokens_NT).kl))
     return out
 
 
@@ -324,12 +337,12 @@ def _steps(lm: LM, ends: str, choices: Sequence[Choice], how: Mapping[str, Any])
         widths["kv_heads"] = [count if c.kv_heads is None else c.kv_heads for c, count in zip(stay, own, strict=True)]
     if widths:
         steps.append(("compact", widths))
-    rules = {_ENDS: ends} if ends != FLOAT else {}
+    rules = {ENDS: ends} if ends != FLOAT else {}
     for name in dict.fromkeys(choice.format for choice in stay):
         if name != FLOAT:
             numbers = [str(at) for at, choice in enumerate(stay) if choice.format == name]
             some = rf"layers_({'|'.join(numbers)})/.*"
-            rules[some if len(numbers) < len(stay) else _IN_LAYERS] = cast(str, name)
+            rules[some if len(numbers) < len(stay) else IN_LAYERS] = cast(str, name)
     if rules:
         steps.append(("quantize", {"format": rules, **how}))
     return steps
@@ -343,15 +356,25 @@ def _recipe(steps: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     return f"import jaxllm\n\n\ndef transforms(calibration=None):\n    return [\n{''.join(lines)}    ]\n"
 
 
-def write_recipe(result: Result, path: Path, model: str) -> None:
-    """The best candidate as a Python file for `jaxllm optimize --recipe`, what was measured on top."""
+def write_recipe(result: Result, path: Path, model: str, options: str = "") -> None:
+    """The best candidate as a Python file for `jaxllm optimize --recipe`, what was measured on top.
+
+    options: for the command line, such as those of the calibration text, where it is not the shipped one; the recipe
+        then insists on getting a text.
+    """
+    assert result.best is not None
     found, before = result.candidates[result.best], result.original
+    made_how = found.recipe
+    if options:
+        head = "def transforms(calibration=None):\n"
+        insist = f'    if calibration is None:\n        raise ValueError("Found on another text; add{options}.")\n'
+        made_how = made_how.replace(head, head + insist)
     path.write_text(
         f'"""{model}: {found.name} (from {result.original_cost:.4g}).\n\n'
         f"Measured: {found.params / 1e6:.1f} M parameters, {found.weight_bytes / 1e6:.1f} MB, perplexity "
         f"{found.quality.perplexity:.2f} from {before.perplexity:.2f}, KL {found.quality.kl:.4f}, top-1 agreement "
         f"{found.quality.top1:.1%}.\n"
-        f'Run: jaxllm optimize {model} --recipe {path.name} --out DIR\n"""\n\n{found.recipe}',
+        f'Run: jaxllm optimize {model} --recipe {path.name}{options} --out DIR\n"""\n\n{made_how}',
         encoding="utf-8",
     )
 

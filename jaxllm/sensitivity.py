@@ -101,7 +101,7 @@ def within(front: Sequence[tuple[Option, ...]], budget: float) -> tuple[Option, 
         if sum(option.cost for option in choice) <= budget:
             return choice
     least = sum(option.cost for option in front[-1])
-    raise ValueError(f"The budget is {budget:.4g}, and the cheapest choice of the options given costs {least:.4g}.")
+    raise ValueError(f"The budget is {budget:.4g}; the cheapest choice of the options given costs {least:.4g}.")
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:

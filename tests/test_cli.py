@@ -168,7 +168,7 @@ def test_bench_gives_a_line_for_each_model(capsys, model):
         (["optimize", "MODEL", "--out", "OUT", "--prune", "wanda", "--pattern", "x"], "'x' is no pattern"),
         (["optimize", "MODEL", "--out", "OUT", "--recipe", "no.py"], "no.py is not there"),
         (["optimize", "MODEL", "--out", "OUT", "--recipe", "no.py", "--kv", "int8"], "leave --kv out"),
-        (["optimize", "MODEL", "--out", "OUT", "--quantize", "int8", "--calibration", "no.txt"], "no.txt"),
+        (["optimize", "MODEL", "--out", "OUT", "--compact", "ffn=0.5", "--calibration", "no.txt"], "no.txt"),
         (["optimize", "MODEL", "--out", "OUT", "--compact", "layers=2", "--stream"], "looks at the whole model"),
         (["optimize", "MODEL", "--out", "MODEL", "--quantize", "int8", "--stream"], "exists"),
         (["search", "MODEL", "--budget", "0.5", "--out", "recipe.txt"], "a recipe is a Python file"),
@@ -178,6 +178,9 @@ def test_bench_gives_a_line_for_each_model(capsys, model):
         (["bisect", "MODEL", "--reference", "./missing"], "missing"),
         (["eval", "MODEL", "--stride", "9999"], "stride is 9999"),
         (["eval", "MODEL", "--limit", "3"], "go with --tasks"),
+        (["eval", "MODEL", "--stride", "0"], "stride is 0"),
+        (["optimize", "MODEL", "--out", "OUT", "--quantize", "int8", "--alpha", "0"], "--alpha goes with"),
+        (["optimize", "MODEL", "--out", "OUT", "--quantize", "int8", "--calibration-windows", "3"], "looks at a text"),
         (["export", "MODEL", "--out", "MODEL"], "exists"),
     ],
 )

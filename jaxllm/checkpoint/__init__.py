@@ -82,7 +82,8 @@ def export_hf(lm: LM, path: str | os.PathLike[str]) -> None:
     """Writes a Hugging Face directory that transformers loads: config, safetensors in shards of 2 GB, tokenizer.
 
     Quantised weights are written dequantised, in `lm.cfg.dtype`: see `export_compressed`. Layers narrower than others
-    get heads and channels of zeros, which change no output. The ledger is left out.
+    get heads and channels of zeros, which change no output. The ledger is left out, as is the rounding of
+    activations and of the KV cache.
     All or nothing, and raises as `save` does; ValueError when no Hugging Face architecture is this model.
     """
     hf.export(lm, Path(path))

@@ -101,13 +101,19 @@ def reader(path: Path, *, dtype: str | None = None) -> Reader:
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path / MANIFEST} is not as `save` wrote it: {type(error).__name__}: {error}.") from error
     tokenizer = load_tokenizer(path)
-    found = digests(path / ARRAYS)
-    if missing := [name for name in files if name not in found]:
+    if missing := [name for name in files if not (path / ARRAYS / name).is_file()]:
         raise ValueError(f"{path / ARRAYS} lacks {listing(missing)}. Copy or save the model again.")
-    if changed := [name for name, digest in files.items() if found[name] != digest]:
-        raise ValueError(f"{path / ARRAYS} was damaged: {listing(changed)} changed. Copy or save the model again.")
+
+    def require_unchanged(changed: list[str]) -> None:
+        if changed:
+            raise ValueError(f"{path / ARRAYS} was damaged: {listing(changed)} changed. Copy or save the model again.")
+
+    sizes = {name: str((path / ARRAYS / name).stat().st_size) for name in files}
+    require_unchanged([name for name, digest in files.items() if digest.partition(":")[0] != sizes[name]])
 
     def read(group: str) -> Lazy:
+        found = {f"{group}/{name}": digest for name, digest in digests(path / ARRAYS / group).items()}
+        require_unchanged([name for name in files if name.startswith(f"{group}/") and found.get(name) != files[name]])
         own, info = in_group(group, leaves), param_info(target)
         expected = {name: stored(leaves[key], info[key], target.dtype) for name, key in own.items()}
         arrays = read_arrays(path / ARRAYS / group, expected)

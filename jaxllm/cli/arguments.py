@@ -44,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
 
     def calibration(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--calibration", type=Path, help=f"what decides, {TEXT}; default: the shipped text")
-        sub.add_argument("--calibration-windows", type=int, default=32, help="at most (default %(default)s)")
-        sub.add_argument("--calibration-tokens", type=int, default=512, help="tokens a window (default %(default)s)")
+        sub.add_argument("--calibration-windows", type=int, help="of it, at most (default: 32)")
+        sub.add_argument("--calibration-tokens", type=int, help="tokens a window (default: 512)")
 
     def timing(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--batch", type=int, default=1, help="sequences that run together (default %(default)s)")
@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--stream",
         action="store_true",
-        help="a layer at a time, for models larger than memory; run it again to go on",
+        help="a layer at a time, for models larger than memory; run it again to go on; no report",
     )
     sub.add_argument("--dry-run", action="store_true", help="check names, shapes and disk space, and write nothing")
     sub.add_argument("--no-report", action="store_true", help="do not measure speed and quality of each step")

@@ -50,7 +50,8 @@ def windows(args: argparse.Namespace, lm: Any) -> Any:
 
 def sliding_windows(args: argparse.Namespace, lm: Any) -> Any:
     text = jaxllm.evaluation_text() if args.text is None else read_text(args.text)
-    return jaxllm.sliding_windows(lm, text, args.window_tokens, args.stride or args.window_tokens, args.windows)
+    stride = args.window_tokens if args.stride is None else args.stride
+    return jaxllm.sliding_windows(lm, text, args.window_tokens, stride, args.windows)
 
 
 def to_terminal() -> bool:

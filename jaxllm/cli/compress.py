@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,11 +21,13 @@ from jaxllm.cli import common
 from jaxllm.generate import choose_max_len
 from jaxllm.lm import LM, Transform
 from jaxllm.measure import Workload
+from jaxllm.params import select
 from jaxllm.replay import load_recipe
 from jaxllm.search import FLOAT, Space, plot, write_recipe
 from jaxllm.search import search as find_mix
 from jaxllm.textfiles import read_text
 from jaxllm.transforms.layerwise import check
+from jaxllm.transforms.quantize import default_rules
 
 # Options that say how, by the one that asks for it.
 _NEEDS = {
@@ -50,7 +54,8 @@ def optimize(args: argparse.Namespace) -> dict[str, Any]:
     for step, transform in steps.items():
         common.log(f"applying {step}")
         name = f"{name} + {step}" if name else step
-        lm = models[name] = transform(lm)
+        lm = transform(lm)
+        models = {**models, name: lm} if work is not None else {}  # without a report none has to stay
     jaxllm.save(lm, args.out)
     common.log(f"saved {args.out}: {lm.num_params / 1e6:.1f} M parameters, {lm.weight_bytes / 1e6:.0f} MB")
     if any(entry.name == "prune" for entry in lm.ledger):
@@ -71,8 +76,17 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--recipe says all that is done; leave --{asked[0]} out, or write it into the recipe.")
     for option, others in _NEEDS.items():
         for other in others:
-            if getattr(args, option) is None and getattr(args, other):
+            given = getattr(args, other)
+            if getattr(args, option) is None and given is not None and given is not False and given != []:
                 raise ValueError(f"--{other.replace('_', '-')} goes with --{option}, which is not given.")
+    if args.alpha is not None and "smoothquant" not in (args.method or ""):
+        raise ValueError("--alpha goes with --method smoothquant, which is not given.")
+    formats = [args.quantize or "", *args.rule]
+    looks = args.compact or args.recipe or args.prune in ("wanda", "sparsegpt") or args.scope == "sensitivity"
+    looks = looks or args.method not in (None, "rtn") or any(name.endswith("static") for name in formats)
+    asked = [o for o in ("calibration", "calibration_windows", "calibration_tokens") if getattr(args, o) is not None]
+    if asked and not looks:
+        raise ValueError(f"--{asked[0].replace('_', '-')} is given, and none of the steps looks at a text.")
     if args.prune is not None and args.sparsity is None and args.pattern in (None, "unstructured"):
         raise ValueError("--prune needs --sparsity, the fraction of zeros, or an N:M --pattern.")
 
@@ -82,7 +96,8 @@ def _steps(args: argparse.Namespace, lm: LM) -> dict[str, Transform]:
     calibration = _calibration(args, lm)
     if args.recipe is not None:
         recipe = load_recipe(args.recipe, calibration)
-        return {f"{number}": transform for number, transform in enumerate(recipe.transforms, 1)}
+        names = [getattr(transform, "name", "transform") for transform in recipe.transforms]
+        return {f"{n} {name}": step for n, (name, step) in enumerate(zip(names, recipe.transforms, strict=True), 1)}
     steps: dict[str, Transform] = {}
     if args.compact is not None:
         kept = common.counts("--compact", args.compact, ("ffn", "kv_heads", "layers"), common.fraction_or_count)
@@ -94,18 +109,28 @@ def _steps(args: argparse.Namespace, lm: LM) -> dict[str, Transform]:
     if args.quantize is not None:
         given = _given(args, method="method", clip="clip", alpha="alpha")
         method = "" if args.method in (None, "rtn") else f" {args.method}"
-        steps[f"{args.quantize}{method}"] = jaxllm.quantize(_rules(args), **given, calibration=calibration)
+        steps[f"{args.quantize}{method}"] = jaxllm.quantize(_rules(args, lm), **given, calibration=calibration)
     if args.kv is not None:
         steps["kv int8"] = jaxllm.quantize_kv()
     return steps
 
 
 def _calibration(args: argparse.Namespace, lm: LM) -> Any:
-    if args.calibration is None:
+    if not _calibration_options(args):
         return None
-    characters = 12 * args.calibration_windows * args.calibration_tokens  # more than the tokens are likely to have
-    text = read_text(args.calibration, max_chars=characters)
-    return jaxllm.token_windows(lm, text, args.calibration_tokens, args.calibration_windows)
+    windows, tokens = args.calibration_windows or 32, args.calibration_tokens or 512
+    if args.calibration is None:
+        text = jaxllm.calibration_text()
+    else:
+        text = read_text(args.calibration, max_chars=12 * windows * tokens)  # more than the tokens are likely to have
+    return jaxllm.token_windows(lm, text, tokens, windows)
+
+
+def _calibration_options(args: argparse.Namespace) -> str:
+    """As they were given, for another command line."""
+    names = ("calibration", "calibration_windows", "calibration_tokens")
+    given = {name.replace("_", "-"): value for name in names if (value := getattr(args, name)) is not None}
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items())
 
 
 def _given(args: argparse.Namespace, **names: str) -> dict[str, Any]:
@@ -113,7 +138,7 @@ def _given(args: argparse.Namespace, **names: str) -> dict[str, Any]:
     return {ours: value for ours, option in names.items() if (value := getattr(args, option)) is not None}
 
 
-def _rules(args: argparse.Namespace) -> str | Mapping[str, str | None]:
+def _rules(args: argparse.Namespace, lm: LM) -> str | Mapping[str, str | None]:
     if not args.rule:
         return args.quantize
     rules: dict[str, str | None] = {}
@@ -122,7 +147,12 @@ def _rules(args: argparse.Namespace) -> str | Mapping[str, str | None]:
         if not found or not pattern:
             raise ValueError(f'--rule is {rule!r}; expected REGEX=FORMAT, where "float" leaves the weights alone.')
         rules[pattern] = None if name == FLOAT else name
-    return rules | {".*": args.quantize}
+    taken = {path for pattern in rules for path in select(lm.info, pattern)}
+    for pattern, name in default_rules(args.quantize).items():  # for what the rules leave
+        if left := [path for path in lm.info if path not in taken and re.fullmatch(pattern, path)]:
+            rules[pattern] = name
+            taken |= {*left}
+    return rules
 
 
 def _stream(args: argparse.Namespace) -> dict[str, Any]:
@@ -158,7 +188,8 @@ def search(args: argparse.Namespace) -> dict[str, Any]:
         windows=args.sensitivity_windows,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_recipe(result, args.out, args.model)
+    dtype = "" if args.dtype is None else f" --dtype {args.dtype}"
+    options = _calibration_options(args) + dtype
     picture = args.out.with_suffix(".png")
     plot(result, picture)
     table = Table(
@@ -179,7 +210,11 @@ def search(args: argparse.Namespace) -> dict[str, Any]:
             f"{q.perplexity:.2f}",
         )
     Console(width=None if common.to_terminal() else 150).print(table)
-    common.log(f"wrote {args.out} (*) and {picture}; next: jaxllm optimize {args.model} --recipe {args.out} --out DIR")
+    if result.best is None:
+        raise ValueError(f"None of these is within {result.budget:.4g} {result.unit} and KL {args.max_kl}.")
+    write_recipe(result, args.out, args.model, options)
+    common.log(f"wrote {args.out} (*) and {picture}")
+    common.log(f"next: jaxllm optimize {args.model} --recipe {args.out}{options} --out DIR")
     return dataclasses.asdict(result) | {"out": str(args.out)}
 
 

@@ -14,9 +14,11 @@ from rich.console import Console
 
 import jaxllm
 from jaxllm import measure, report
+from jaxllm.arrays import QArray
 from jaxllm.cli import common
 from jaxllm.generate import choose_max_len, encode_prompts
 from jaxllm.measure import Workload
+from jaxllm.params import flatten
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -134,9 +136,11 @@ def chat(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    if args.tasks is None and (args.task_dir or args.limit or args.num_fewshot or args.chat_template):
+    if args.tasks is None and (
+        args.chat_template or any(value is not None for value in (args.task_dir, args.limit, args.num_fewshot))
+    ):
         raise ValueError("--task-dir, --limit, --num-fewshot and --chat-template go with --tasks, which is not given.")
-    if args.tasks is not None and (args.reference or args.text or args.stride):
+    if args.tasks is not None and any(value is not None for value in (args.reference, args.text, args.stride)):
         raise ValueError("--tasks is instead of a text; leave --reference, --text and --stride out.")
     lm = common.load(args.model, args.dtype)
     reference = lm if args.reference is None else common.load(args.reference, args.dtype)
@@ -160,14 +164,19 @@ def _tasks(args: argparse.Namespace, lm: Any) -> dict[str, Any]:
         from jaxllm.harness import evaluate_tasks  # an extra
     except ImportError as error:
         raise ValueError(str(error)) from error
-    results = evaluate_tasks(
-        lm,
-        args.tasks.split(","),
-        args.task_dir,
-        args.limit,
-        num_fewshot=args.num_fewshot,
-        apply_chat_template=args.chat_template,
-    )
+    try:
+        results = evaluate_tasks(
+            lm,
+            args.tasks.split(","),
+            args.task_dir,
+            args.limit,
+            num_fewshot=args.num_fewshot,
+            apply_chat_template=args.chat_template,
+        )
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever the harness and its libraries raise
+        raise ValueError(f"The tasks could not be evaluated: {type(error).__name__}: {error}") from error
     for task, metrics in results["results"].items():
         for metric, value in metrics.items():
             if isinstance(value, float):
@@ -212,6 +221,10 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     common.check_out(args.out)
     lm = common.load(args.model, args.dtype)
     if args.format == "hf":
+        if lm.cfg.kv_dtype or any(
+            isinstance(leaf, QArray) and leaf.int8_inputs for leaf in flatten(lm.params).values()
+        ):
+            common.log("note: rounding of activations and of the KV cache has no place in this format and is left out")
         jaxllm.export_hf(lm, args.out)
     else:
         jaxllm.export_compressed(lm, args.out, log=common.log)

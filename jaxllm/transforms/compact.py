@@ -64,7 +64,8 @@ def compact(
 
     def transform(lm: LM) -> LM:
         require_order(lm, "compact")
-        kept_counts(lm.cfg, ffn, kv_heads, layers)
+        if isinstance(layers, Sequence) or not any(isinstance(getattr(lm.cfg, name), tuple) for name in WIDTHS):
+            kept_counts(lm.cfg, ffn, kv_heads, layers)  # what cannot be is refused before slow work
         tokens_NT = calibration_tokens(lm, calibration)
         kept = [*layers] if isinstance(layers, Sequence) else _choose_layers(lm, kept_layers(lm.cfg, layers), tokens_NT)
         small = keep_layers(lm, kept)
@@ -82,11 +83,11 @@ def compact(
 def kept_counts(cfg: ModelConfig, ffn: Keep = None, kv_heads: Keep = None, layers: Keep = None) -> dict[str, Any]:
     """What `compact` would keep of a model of this shape. Raises ValueError for a count that is not there."""
     kept = kept_layers(cfg, layers)
-    number = kept if isinstance(kept, int) else len(kept)
-    rows = range(cfg.num_layers) if isinstance(kept, int) else kept
+    # Which layers a count leaves is not known yet; those of one width stand for one another.
+    rows = range(kept) if isinstance(kept, int) else kept
     return {
-        "ffn": _counts("ffn", ffn, [cfg.widths("ffw_dim")[i] for i in rows][:number], TILE),
-        "kv_heads": _counts("kv_heads", kv_heads, [cfg.widths("num_kv_heads")[i] for i in rows][:number]),
+        "ffn": _counts("ffn", ffn, [cfg.widths("ffw_dim")[i] for i in rows], TILE),
+        "kv_heads": _counts("kv_heads", kv_heads, [cfg.widths("num_kv_heads")[i] for i in rows]),
         "layers": kept,
     }
 
@@ -191,6 +192,8 @@ def _narrow(leaves: dict[str, Any], reader: str, inputs: Inputs, unit: int, coun
     kept = best(lost_K.reshape(-1, unit).sum(axis=1), count)
     columns = (kept[:, None] * unit + np.arange(unit)).reshape(-1)
     new = _corrected(w_NK, hessian, columns) if correct else w_NK[:, columns]
+    if not bool(jnp.all(jnp.isfinite(new))):
+        raise ValueError(f"{reader}: its inputs on the calibration text are not finite, or too large to be inverted.")
     leaves[reader] = new.astype(w.dtype).reshape(w.shape[0], *((-1, *w.shape[2:]) if w.ndim > 2 else (-1,)))
     return kept
 

@@ -48,9 +48,8 @@ def check_pattern(pattern: Pattern, rows: int, columns: int, path: str) -> None:
     """Raises ValueError when the pattern does not divide the weight."""
     row, column = pattern.block
     if rows % row or columns % max(column, pattern.of):
-        raise ValueError(
-            f"{path} is {rows} x {columns}, which neither blocks of {row} x {max(column, pattern.of)} divide."
-        )
+        what = f"groups of {pattern.of} inputs" if pattern.of else f"blocks of {row} x {column}"
+        raise ValueError(f"{path} is {rows} x {columns}, which {what} do not divide.")
 
 
 def smallest(score: jax.Array, count: jax.Array | int) -> jax.Array:

@@ -48,6 +48,12 @@ def loudest_first(hessian_KK: jax.Array) -> tuple[jax.Array, jax.Array]:
     return order_K, inverse_factor(hessian_KK[order_K][:, order_K])
 
 
+def require_finite(factor_KK: jax.Array, what: str) -> None:
+    """Raises ValueError when a Hessian could not be inverted: what came of it would be numbers without meaning."""
+    if not bool(jnp.all(jnp.isfinite(jnp.diagonal(factor_KK)))):
+        raise ValueError(f"{what}: its inputs on the calibration text are not finite, or too large to be inverted.")
+
+
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def quantize(
     w: jax.Array,

@@ -35,9 +35,9 @@ def prune(
     """Zeroes the weights that matter least.
 
     sparsity: fraction of zeros, in [0, 1), exact: floor(sparsity * size) weights, or blocks, become zero, the first of
-        equal ones; more only where there are more zeros already (in a channel, for "wanda"). Or rules, {regular
-        expression for whole weight paths: fraction}, of which the first that matches a weight holds. N:M patterns say
-        it themselves.
+        equal ones; more only where there are more zeros already (in a channel, for "wanda"), and a little more with
+        scope="sensitivity". Or rules, {regular expression for whole weight paths: fraction}, of which the first that
+        matches a weight holds. N:M patterns say it themselves.
     method: "magnitude" scores a weight by |w|; "wanda" by |w| times the root mean square of its input, and compares
         within an output channel; "sparsegpt" by what its loss does to the output when the weights that stay are
         corrected, and corrects them.
@@ -95,6 +95,7 @@ def prune(
                     site = SITE_OF[name]
                     if site not in factors:
                         factors[site] = obs.inverse_factor(inputs[site].hessian)
+                        obs.require_finite(factors[site], path)
                     out[name] = obs.prune(leaf, factors[site], contracted, shape, fraction)
                 else:
                     squares = inputs[SITE_OF[name]].mean_square if method == "wanda" else None
@@ -177,7 +178,8 @@ def _prune_by_sensitivity(sparsity: float, args: Mapping[str, Any], calibration:
         sum(math.prod(lm.info[path].shape) for path in paths if path.startswith(f"layers_{i}/"))
         for i in range(lm.cfg.num_layers)
     ]
-    tried = [s for step in range(-2, 3) if 0 <= (s := round(sparsity + step * _SPARSITY_STEP, 4)) < 1]
+    step = min(_SPARSITY_STEP, (1 - sparsity) / 3)
+    tried = [s for n in range(-2, 3) if 0 <= (s := round(sparsity + n * step, 4)) < 1]
     options: dict[Hashable, Layerwise] = {
         s: cast(Layerwise, prune(s, args["method"], args["pattern"], match=match, calibration=tokens_NT)) for s in tried
     }

@@ -50,7 +50,7 @@ def quantize(
         that loses least, "smoothquant" so that activations are easier to round. Embedding and head are always rounded
         to nearest.
     clip: the range of each group that the grid covers: all of it; that of the least square error; or 99.9 % of the
-        weights. For "w8a8-static" that of the activations as well.
+        weights. For "w8a8-static" that of the activations as well. "fp8" among other formats keeps all of it.
     alpha: how far "smoothquant" moves the difficulty from activations (1) to weights (0).
     calibration: integer ids [N, T] for all but "rtn" with dynamic activations; by default the text that is shipped.
 
@@ -64,12 +64,9 @@ def quantize(
         raise ValueError(f"clip is {clip!r}; expected one of {', '.join(get_args(Clip))}.")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a number from 0 to 1.")
-    if isinstance(format, str):
-        rules: dict[str, str | None] = {"embed/w|head/w": format if format == "fp8" else "int8", ".*": format}
-    else:
-        rules = dict(format)
+    rules = default_rules(format) if isinstance(format, str) else dict(format)
     parsed = {pattern: None if name is None else formats.parse(name) for pattern, name in rules.items()}
-    if any(fmt is not None and fmt.values == "float8_e4m3fn" for fmt in parsed.values()) and clip != "absmax":
+    if clip != "absmax" and {fmt.values for fmt in parsed.values() if fmt is not None} == {"float8_e4m3fn"}:
         raise ValueError(f'clip="{clip}" goes with integer formats; fp8 has range to spare.')
     how = _How(method, clip, alpha)
 
@@ -103,6 +100,11 @@ def quantize(
         return Plan(lm.cfg, change, args, list(chosen), tokens_NT, kinds, sites_of(layers), bits)
 
     return Layerwise("quantize", plan)
+
+
+def default_rules(format: str) -> dict[str, str | None]:
+    """What a format alone means."""
+    return {ENDS: format if format == "fp8" else "int8", ".*": format}
 
 
 def _refuse_quantised(leaves: Leaves) -> None:
@@ -141,7 +143,7 @@ def _quantize_group(
     out = dict(leaves)
     if inputs and "smoothquant" in how.method:
         whole = {site: found for site, found in inputs.items() if all(reader in chosen for reader in SITES[site])}
-        out, changed = scaling.smoothquant(cfg, out, whole, how.alpha)
+        out, changed = scaling.smoothquant(cfg, out, whole, chosen, how.alpha)
         inputs = {**inputs, **changed}
     if inputs and "awq" in how.method:
         out, changed = scaling.awq(cfg, out, inputs, chosen, contracted)
@@ -154,6 +156,7 @@ def _quantize_group(
             site = SITE_OF[name]
             if site not in factors:
                 factors[site] = obs.loudest_first(inputs[site].hessian)
+                obs.require_finite(factors[site][1], name)
             q = obs.quantize(w, *factors[site], contracted[name], fmt, _shrink(w, contracted[name], fmt, how.clip))
         else:
             q = _round(w, contracted[name], fmt, how.clip)
@@ -180,7 +183,7 @@ def _round_rows(w: jax.Array, contracted: int, fmt: Format, clip: Clip) -> QArra
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _shrink(w: jax.Array, contracted: int, fmt: Format, clip: Clip) -> jax.Array:
     """How much of each group's range is kept: [n..., G], or one number."""
-    if clip == "absmax":
+    if clip == "absmax" or fmt.values == "float8_e4m3fn":
         return jnp.float32(1)
     w_nGg = formats.as_groups(w, fmt, contracted)
     if clip == "mse":

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.arrays import Weight, dequantize
+from jaxllm.arrays import QArray, Weight, dequantize
 from jaxllm.calibrate import SITES, Inputs
 from jaxllm.config import ModelConfig
 from jaxllm.formats import Format, quantize
@@ -57,16 +57,20 @@ def output_error(w: jax.Array, scale_K: jax.Array, hessian_KK: jax.Array, contra
 
 
 def smoothquant(
-    cfg: ModelConfig, leaves: Leaves, inputs: Mapping[str, Inputs], alpha: float
+    cfg: ModelConfig, leaves: Leaves, inputs: Mapping[str, Inputs], chosen: Collection[str], alpha: float
 ) -> tuple[dict[str, Weight], dict[str, Inputs]]:
-    """The layer's weights and inputs with the activations after each norm evened out."""
+    """The layer's weights and inputs with the activations after each norm evened out.
+
+    chosen: the weights that are about to be quantised.
+    """
 
     def scale_of(site: str, found: Inputs, readers: dict[str, jax.Array]) -> jax.Array:
         assert found.absmax is not None
         largest = [jnp.max(jnp.abs(w.reshape(-1, found.absmax.size)), axis=0) for w in readers.values()]
         return smoothquant_scale(found.absmax, functools.reduce(jnp.maximum, largest).astype(jnp.float32), alpha)
 
-    return _rescale(cfg, leaves, {site: inputs[site] for site in SMOOTHQUANT_SITES if site in inputs}, inputs, scale_of)
+    sites = {site: inputs[site] for site in SMOOTHQUANT_SITES if site in inputs}
+    return _rescale(cfg, leaves, sites, inputs, chosen, scale_of)
 
 
 def awq(
@@ -92,7 +96,7 @@ def awq(
         return tried[int(jnp.argmin(jnp.stack(losses)))]  # pyright: ignore[reportArgumentType]
 
     sites = {site: found for site, found in inputs.items() if all(reader in formats for reader in SITES[site])}
-    return _rescale(cfg, leaves, sites, inputs, scale_of)
+    return _rescale(cfg, leaves, sites, inputs, formats, scale_of)
 
 
 def _foldable(cfg: ModelConfig, site: str, scale_K: jax.Array) -> jax.Array:
@@ -110,20 +114,25 @@ def _rescale(
     leaves: Leaves,
     sites: Mapping[str, Inputs],
     inputs: Mapping[str, Inputs],
+    chosen: Collection[str],
     scale_of: Callable[[str, Inputs, dict[str, jax.Array]], jax.Array],
 ) -> tuple[dict[str, Weight], dict[str, Inputs]]:
+    """Weights that are `chosen` stay float32 until they are quantised, so that they are rounded once."""
     out, new_inputs = dict(leaves), dict(inputs)
     for site, found in sites.items():
+        if isinstance(out[f"{site}/w"], QArray):
+            continue  # it cannot take a scale
         # The weights as they are now: scaling the value projection's outputs is seen by none of its site's readers.
         readers: dict[str, jax.Array] = {name: out[name] for name in SITES[site]}  # pyright: ignore
         scale_K = scale_of(site, found, readers)
         for name, w in readers.items():
             kept = [1] * (w.ndim - (2 if name == "attn/o/w" else 1))
             inner = w.shape[len(kept) :]
-            out[name] = (w.astype(jnp.float32) * scale_K.reshape(*kept, *inner)).astype(w.dtype)
+            out[name] = w.astype(jnp.float32) * scale_K.reshape(*kept, *inner)
         for name in (f"{site}/w", f"{site}/b"):
             if name in out:
-                out[name] = _divide_outputs(out[name], scale_K, site, cfg)  # pyright: ignore[reportArgumentType]
+                divided = _divide_outputs(out[name], scale_K, site, cfg)  # pyright: ignore[reportArgumentType]
+                out[name] = divided if name in chosen else divided.astype(leaves[name].dtype)  # pyright: ignore
         new_inputs[site] = found.divided(scale_K)
     return out, new_inputs
 
@@ -134,4 +143,4 @@ def _divide_outputs(w: jax.Array, scale_K: jax.Array, site: str, cfg: ModelConfi
         scale_K = scale_K.reshape(kv_heads, -1, cfg.head_dim)[:, 0].reshape(-1)
     rows = scale_K.size
     assert math.prod(w.shape) % rows == 0
-    return (w.astype(jnp.float32).reshape(rows, -1) / scale_K[:, None]).reshape(w.shape).astype(w.dtype)
+    return (w.astype(jnp.float32).reshape(rows, -1) / scale_K[:, None]).reshape(w.shape)
