@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import jaxllm
-from jaxllm import search as searching
 from jaxllm.params import flatten, unflatten
-from jaxllm.search import Space, search
+from jaxllm.search import Space, plot, search, write_recipe
 from jaxllm.sensitivity import Option, allocate, layer_damage, within
 from jaxllm.transforms.compact import keep_layers
 from jaxllm.transforms.layerwise import each_alone
@@ -133,8 +132,8 @@ def test_a_search_by_time_measures_it(tiny):
 
 def test_what_a_search_writes(tiny, tmp_path):
     result = search(tiny, OTHER, 0.5, "bytes", Space(("float", "int8")), calibration=TOKENS)
-    searching.write_recipe(result, tmp_path / "recipe.py", "tiny")
-    searching.plot(result, tmp_path / "front.png")
+    write_recipe(result, tmp_path / "recipe.py", "tiny")
+    plot(result, tmp_path / "front.png")
     assert (tmp_path / "front.png").read_bytes()[1:4] == b"PNG"
     text = (tmp_path / "recipe.py").read_text()
     assert f"KL {result.candidates[result.best].quality.kl:.4f}" in text
@@ -148,13 +147,25 @@ def test_what_a_search_writes(tiny, tmp_path):
         ({"budget": -1.0}, "expected a fraction of the original's cost"),
         ({"budget": math.nan}, "expected a fraction of the original's cost"),
         ({"unit": "feet"}, "expected one of bytes, ms, params"),
-        ({"max_kl": -1.0}, "keeps KL <= -1.0: the best has"),
     ],
 )
 def test_what_cannot_be_is_refused(tiny, change, message):
     given = {"budget": 0.5, "unit": "bytes"} | change
     with pytest.raises(ValueError, match=message):
         search(tiny, OTHER, space=Space(("float", "int8")), calibration=TOKENS, **given)
+
+
+def test_a_bound_that_nothing_keeps_leaves_what_was_measured(tiny):
+    result = search(tiny, OTHER, 0.5, "bytes", Space(("float", "int8")), max_kl=-1.0, calibration=TOKENS)
+    assert result.best is None
+    assert len(result.candidates) > 1
+
+
+def test_layers_of_different_widths_can_be_searched(tiny):
+    lm = jaxllm.compact(ffn=[40, 64, 64], kv_heads=[2, 1, 2], calibration=TOKENS)(tiny)
+    result = search(lm, OTHER, 0.75, "params", Space(("float", "fp8"), (1.0, 0.5), (1,)), calibration=TOKENS)
+    best = result.candidates[result.best]
+    assert made_by(best.recipe, lm).num_params == best.params <= result.budget
 
 
 @pytest.mark.parametrize("space", [{"formats": ("int9",)}, {"formats": ()}, {"ffn": (0.0,)}, {"ffn": ()}])

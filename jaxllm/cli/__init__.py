@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxllm.cli import arguments, compress, run
-from jaxllm.cli.common import finite
+from jaxllm.cli.common import finite, log
 
 COMMANDS = {
     "quickstart": run.quickstart,
@@ -55,11 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Progress(logging.Handler):
+    """What the library logs of its progress goes to stderr, whichever that is when it is logged."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log(record.getMessage())
+
+
 def _show_progress() -> None:
-    """What the library logs of its progress goes to stderr."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("jaxllm: %(message)s"))
     logger = logging.getLogger("jaxllm")
-    logger.handlers = [handler]  # one, however often main is called in a process
+    logger.handlers = [_Progress()]  # one, however often main is called in a process
     logger.setLevel(logging.INFO)
     logger.propagate = False
