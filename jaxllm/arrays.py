@@ -83,9 +83,16 @@ def take(w: Weight, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
     if isinstance(w, QArray):
         # Rows first: a dequantised table would be a float copy of the whole weight.
         zero_point = None if w.zero_point is None else w.zero_point[rows]
-        values = w.values[rows].reshape(*rows.shape, w.groups, -1)
+        values = _rows(w.values, rows).reshape(*rows.shape, w.groups, -1)
         return _dequantize(values, w.scale[rows], zero_point).reshape(*rows.shape, -1).astype(dtype)
     return w[rows].astype(dtype)
+
+
+def _rows(values: jax.Array, rows: jax.Array) -> jax.Array:
+    """values[rows]. XLA on CPU makes a whole table of float8 float32 to look rows up in it, but none of bytes."""
+    if values.dtype != jnp.float8_e4m3fn:
+        return values[rows]
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(values, jnp.uint8)[rows], values.dtype)
 
 
 def einsum(eqn: str, x: jax.Array, w: Weight | Tap, dtype: DTypeLike | None = None) -> jax.Array:
@@ -225,14 +232,22 @@ def _split_dot(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
 
 
 def _blocked_dot(x_MK: jax.Array, w: QArray) -> jax.Array:
-    """float32 x times w, a block of w's rows at a time, so that no float copy of the whole weight exists."""
+    """float32 x times w, one block of w's rows after the other, so that no float copy of the whole weight exists.
+
+    Left alone, XLA makes all blocks of all weights float first, and in a loop of decode steps before the loop.
+    """
+    x_MK, w = lax.optimization_barrier((x_MK, w))  # what the weight is made float from seems to change in a loop
     size = -(-w.shape[0] // _BLOCKS)
-
-    def rows(start: int) -> QArray:
-        parts = (None if part is None else part[start : start + size] for part in (w.values, w.scale, w.zero_point))
-        return QArray(*parts)  # pyright: ignore[reportArgumentType]
-
-    blocks = [_dot(x_MK, dequantize(rows(start))) for start in range(0, w.shape[0], size)]
+    blocks, before = [], x_MK[0, 0]
+    for start in range(0, w.shape[0], size):
+        values, scale, zero_point = (
+            None if part is None else part[start : start + size] for part in (w.values, w.scale, w.zero_point)
+        )
+        assert values is not None
+        assert scale is not None
+        scale = scale.astype(jnp.float32) + before * 0  # zero, though XLA may not assume so of a float: wait
+        blocks.append(_dot(x_MK, dequantize(QArray(values, scale, zero_point))))
+        before = blocks[-1][0, 0]
     return jnp.concatenate(blocks, axis=1)
 
 

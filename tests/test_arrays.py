@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,9 +44,45 @@ def test_a_row_of_zeros_stays_zero():
     np.testing.assert_array_equal(arrays.einsum("BK,NK->BN", jnp.zeros((2, 8)), q), np.zeros((2, 4)))
 
 
-def test_the_default_form_equals_the_cpu_form():
-    q, x = formats.quantize(weight((6, 4, 32)), 1, INT8), weight((3, 32), seed=2)
-    np.testing.assert_allclose(arrays._contract(1, x, q), arrays._contract_cpu(1, x, q), atol=2e-3, rtol=1e-4)
+FORMATS = ["int8", "int8-affine", "int8-g16", "int4", "int4-g16", "int4-g32-affine", "fp8"]
+
+
+@pytest.mark.parametrize("shape", [(10, 3, 64), (9, 4, 16)])
+@pytest.mark.parametrize("rows", [1, 3, 130])
+@pytest.mark.parametrize("name", FORMATS)
+def test_both_forms_of_every_format_equal_float64(name, rows, shape):
+    contracted = 1 if shape[-1] == 64 else 2
+    q, x = formats.quantize(weight(shape), contracted, formats.parse(name)), weight((rows, 64), seed=2)
+    x = x.reshape(rows, *shape[len(shape) - contracted :])
+    w = np.asarray(arrays.dequantize(q), np.float64).reshape(-1, 64)
+    exact = (np.asarray(x, np.float64).reshape(rows, 64) @ w.T).reshape(rows, *shape[: len(shape) - contracted])
+    for contract in (arrays._contract, arrays._contract_cpu):
+        y = np.asarray(jax.jit(contract, static_argnums=0)(contracted, x, q))
+        assert y.dtype == np.float32
+        np.testing.assert_allclose(y, exact, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-g16", "int4-g32-affine", "fp8"])
+def test_both_forms_take_bfloat16(name):
+    q, x = formats.quantize(weight((12, 64)), 1, formats.parse(name)), weight((3, 64), seed=2).astype(jnp.bfloat16)
+    exact = np.asarray(x, np.float64) @ np.asarray(arrays.dequantize(q), np.float64).T
+    for contract in (arrays._contract, arrays._contract_cpu):
+        np.testing.assert_allclose(jax.jit(contract, static_argnums=0)(1, x, q), exact, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 130])
+def test_int8_times_int8_is_numpys_in_integers(rows, static):
+    q = formats.quantize(weight((10, 3, 64)), 1, formats.parse("w8a8"))
+    x = weight((rows, 64), seed=3) * 4
+    if static:
+        q = dataclasses.replace(q, x_scale=jnp.float32(2.0 / 127))  # less than the range: the rest is clipped
+    step = np.float32(2.0 / 127) if static else np.abs(np.asarray(x)).max(1, keepdims=True) / np.float32(127)
+    rounded = np.clip(np.round(np.asarray(x) / step), -127, 127).astype(np.int64)
+    sums = rounded @ np.asarray(q.values, np.int64).reshape(30, 64).T
+    expected = (sums * np.asarray(q.scale, np.float64).reshape(1, 30) * step).reshape(rows, 10, 3)
+    for contract in (arrays._contract, arrays._contract_cpu):
+        np.testing.assert_allclose(jax.jit(contract, static_argnums=0)(1, x, q), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -72,10 +110,12 @@ def test_shapes_that_do_not_contract_are_refused():
         arrays.einsum("BK,NK->BN", jnp.ones((1, 8)), jnp.ones((4, 9)))
 
 
-def test_take_equals_rows_of_the_dequantised_table():
-    q = formats.quantize(weight((20, 6)), 1, INT8)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_take_equals_rows_of_the_dequantised_table(name, dtype):
+    q = formats.quantize(weight((20, 64)), 1, formats.parse(name))
     rows = jnp.asarray([[3, 19], [0, 3]])
-    np.testing.assert_array_equal(arrays.take(q, rows, jnp.float32), arrays.dequantize(q)[rows])
+    np.testing.assert_array_equal(arrays.take(q, rows, dtype), arrays.dequantize(q)[rows].astype(dtype))
 
 
 def test_a_tap_sees_what_its_weight_is_applied_to():
@@ -94,6 +134,9 @@ def test_a_quantised_array_is_a_pytree_whose_first_leaf_has_the_weights_shape():
     q = formats.quantize(weight((4, 8)), 1, INT8)
     assert [leaf.shape for leaf in jax.tree.leaves(q)] == [(4, 8), (4, 1)]
     assert isinstance(jax.tree.map(lambda a: a, q), QArray)
+    affine = formats.quantize(weight((4, 64)), 1, formats.parse("int4-g16-affine"))
+    assert [leaf.shape for leaf in jax.tree.leaves(affine)] == [(4, 64), (4, 4), (4, 4)]
+    assert (affine.shape, affine.size, affine.groups, affine.contracted) == ((4, 64), 256, 4, 1)
 
 
 @pytest.mark.parametrize("rows", [1, 5])

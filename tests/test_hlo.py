@@ -14,6 +14,19 @@ from tests.conftest import TINY
 
 # No weight has the extent of an activation: chunks have 16, 64 or 256 tokens.
 CONFIG = dataclasses.replace(TINY, vocab_size=320, embed_dim=40, num_heads=6, num_kv_heads=3, ffw_dim=72)
+# One layer of it that groups of 32 divide.
+GROUPED = dataclasses.replace(
+    CONFIG,
+    num_layers=1,
+    vocab_size=352,
+    embed_dim=96,
+    num_heads=10,
+    num_kv_heads=5,
+    head_dim=16,
+    ffw_dim=224,
+    tie_embeddings=False,
+)
+STORED = {"int8": "s8", "int4": "s4", "float8_e4m3fn": "f8e4m3fn"}
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +41,34 @@ def executables(programs):
 
 
 def test_quantised_weights_enter_as_int8_and_no_float_copy_leaves_a_fusion(programs):
-    lm, programs = programs
-    shapes = {leaf.values.shape for path, leaf in flatten(lm.params).items() if lm.info[path].contracted}
-    matrices = {tuple(sorted((lm_rows(shape), math.prod(shape) // lm_rows(shape)))) for shape in shapes}
+    check_weights(*programs)
+
+
+@pytest.mark.parametrize("format", ["int4-g32", "int8-g32-affine", "w8a8", "w8a8-static", "fp8"])
+def test_no_format_has_a_float_copy_of_a_weight(format):
+    """Where XLA on CPU has no kernel for a format, the weight is made float by quarters, one after the other."""
+    lm = jaxllm.quantize(format, calibration=[[1, 2, 3]])(jaxllm.init(GROUPED))
+    shapes = jax.eval_shape(lambda params: params, lm.params)
+    programs = compile_programs(lm.cfg, shapes, batch=1, max_len=16)
+    check_weights(lm, programs)
+    # Nor do quarters lie about: there is never room for the whole of the largest weight, once embedding and head.
+    largest = 4 * max(leaf.size for path, leaf in flatten(lm.params).items() if lm.info[path].contracted)
+    for name, program in executables(programs).items():
+        assert program.memory_analysis().temp_size_in_bytes < largest, name
+
+
+def check_weights(lm, programs):
+    leaves = {path: leaf for path, leaf in flatten(lm.params).items() if lm.info[path].contracted}
+    shapes = {leaf.shape: STORED[str(leaf.values.dtype)] for leaf in leaves.values()}
+    matrices = set()
+    for path, leaf in leaves.items():
+        rows = math.prod(leaf.shape[: -lm.info[path].contracted])
+        matrices.add(tuple(sorted((rows, leaf.size // rows))))
     for name, program in executables(programs).items():
         text = program.as_text()
         entry = text[text.index("\nENTRY ") :]
-        for shape in shapes:
-            assert re.search(rf"s8\[{','.join(map(str, shape))}\]\S* parameter\(", entry), (name, shape)
+        for shape, dtype in shapes.items():
+            assert re.search(rf"{dtype}\[{','.join(map(str, shape))}\]\S* parameter\(", entry), (name, shape)
         # Outside fusion bodies, whose values never reach memory, no float value has a weight's extent.
         for line in _outside_fusions(text):
             results = re.match(r".*? = (\(.*?\)|\S+) [\w-]+\(", line)
@@ -43,11 +76,6 @@ def test_quantised_weights_enter_as_int8_and_no_float_copy_leaves_a_fusion(progr
                 shape = tuple(int(extent) for extent in dims.split(",") if extent != "1")
                 assert shape not in shapes, (name, line)
                 assert tuple(sorted(shape)) not in matrices, (name, line)
-
-
-def lm_rows(shape):
-    """Output channels of a weight: all axes but the contracted ones, here head_dim and heads of "o" or the last."""
-    return shape[0] if len(shape) == 3 and shape[0] == CONFIG.embed_dim else math.prod(shape[:-1])
 
 
 def _outside_fusions(text):
@@ -93,6 +121,52 @@ def test_no_copy_of_the_cache_in_a_decode_step(programs):
                 assert "dynamic-update-slice" in name, line
                 writes += 1
     assert writes == 2 * lm.cfg.num_layers
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def int8_cache(request):
+    lm = jaxllm.quantize_kv()(jaxllm.init(dataclasses.replace(CONFIG, num_layers=2)))
+    return lm, request.param, compile_programs(lm.cfg, lm.params, batch=request.param, max_len=48)
+
+
+def test_an_int8_cache_is_updated_in_place_too(int8_cache):
+    lm, batch, programs = int8_cache
+    heads = 2 * lm.cfg.num_layers * batch * programs.slots * lm.cfg.num_kv_heads
+    for name, program in executables(programs).items():
+        assert program.memory_analysis().alias_size_in_bytes >= heads * (lm.cfg.head_dim + 4), name
+        aliased = re.search(r"input_output_alias=\{(.*?)\}, entry", program.as_text()).group(1)
+        assert aliased.count("alias)") >= 4 * lm.cfg.num_layers, name  # values and scales of keys and values
+
+
+def of_the_caches_extent(lm, batch, programs):
+    """(program, type, operation, line) of each value outside fusions that is as large as a layer's keys or values."""
+    K, S, H = lm.cfg.num_kv_heads, programs.slots, lm.cfg.head_dim
+    extents = {tuple(sorted(e for e in (batch, K, S, H) if e != 1)), tuple(sorted((batch * K, S, H)))}
+    for name, program in executables(programs).items():
+        for line in _outside_fusions(program.as_text()):
+            if match := re.match(r"\s*(?:ROOT )?%\S+ = (\w+)\[([\d,]+)\]\S* (\S+)\(", line):
+                extent = tuple(sorted(int(e) for e in match[2].split(",") if e != "1"))
+                if extent in extents and match[3] not in ("parameter", "get-tuple-element", "bitcast"):
+                    yield name, match[1], match[3], line
+
+
+def test_no_copy_of_an_int8_cache(int8_cache):
+    lm, _, programs = int8_cache
+    written = [
+        (name, operation, line) for name, dtype, operation, line in of_the_caches_extent(*int8_cache) if dtype == "s8"
+    ]
+    for name in executables(programs):
+        here = [(operation, line) for program, operation, line in written if program == name]
+        assert len(here) == 2 * lm.cfg.num_layers, (name, here)
+        assert all(
+            operation == "fusion" and re.search("dynamic.update.slice|scatter", line) for operation, line in here
+        )
+
+
+@pytest.mark.xfail(reason="XLA on CPU makes a layer's cache float32 before it is read", strict=True)
+def test_no_float_copy_of_an_int8_cache(int8_cache):
+    copies = [line for _, dtype, _, line in of_the_caches_extent(*int8_cache) if dtype in ("f32", "bf16")]
+    assert not copies
 
 
 def test_collectives_of_a_sharded_step_are_those_of_the_rule_table():
