@@ -20,6 +20,7 @@ from jaxllm.text import Tokenizer
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 use_compilation_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # tests are many small programs, often the same
 
 TINY = jaxllm.ModelConfig(
     vocab_size=256,

@@ -17,6 +17,7 @@ from jaxllm.params import flatten, unflatten
 from tests.conftest import TINY
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
+pytestmark = pytest.mark.slow
 CALIBRATION = np.random.default_rng(1).integers(0, 256, (2, 24)).astype(np.int32)
 MATMULS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 BEHIND = "by something that the ledger does not have"

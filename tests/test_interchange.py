@@ -21,6 +21,7 @@ TINY = ModelConfig(
 )
 BFLOAT16 = dataclasses.replace(TINY, dtype="bfloat16", qkv_bias=True, tie_embeddings=True)
 TOKENS = np.random.default_rng(0).integers(0, TINY.vocab_size, (2, 24))
+pytestmark = pytest.mark.slow
 FORMATS = [
     "int4", "int4-affine", "int4-g16", "int4-g32-affine", "int8", "int8-affine", "int8-g16", "int8-g16-affine",
     "fp8", "w8a8", "w8a8-static",
