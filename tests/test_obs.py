@@ -55,7 +55,7 @@ def settled(w, hessian, choose_column):
 
 
 def gptq(w, hessian, fmt, order):
-    """The new weights, and how many steps of the grid each was before it was rounded. Grids: of the weights as given."""
+    """The new weights, and each in steps of the grid before it was rounded. Grids: those of the weights as given."""
     zeros, half, steps = np.asarray(w) == 0, 2 ** (fmt.bits - 1), np.zeros(w.shape)
     parts = np.asarray(w, np.float64).reshape(len(w), -1, fmt.group or w.shape[1])
     if fmt.affine:
