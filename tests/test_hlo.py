@@ -123,7 +123,7 @@ def test_no_copy_of_the_cache_in_a_decode_step(programs):
     assert writes == 2 * lm.cfg.num_layers
 
 
-@pytest.fixture(scope="module", params=[1, 2])
+@pytest.fixture(scope="module", params=[1, 16])
 def int8_cache(request):
     lm = jaxllm.quantize_kv()(jaxllm.init(dataclasses.replace(CONFIG, num_layers=2)))
     return lm, request.param, compile_programs(lm.cfg, lm.params, batch=request.param, max_len=48)
@@ -163,10 +163,15 @@ def test_no_copy_of_an_int8_cache(int8_cache):
         )
 
 
-@pytest.mark.xfail(reason="XLA on CPU makes a layer's cache float32 before it is read", strict=True)
-def test_no_float_copy_of_an_int8_cache(int8_cache):
-    copies = [line for _, dtype, _, line in of_the_caches_extent(*int8_cache) if dtype in ("f32", "bf16")]
-    assert not copies
+def test_no_more_than_one_layers_keys_or_values_are_float_at_a_time(int8_cache):
+    """XLA on CPU has no int8 attention: what it makes float must not add up to the cache that int8 was to save."""
+    lm, batch, programs = int8_cache
+    for name in executables(programs):
+        copies = [line for at, dtype, _, line in of_the_caches_extent(*int8_cache) if at == name and dtype != "s8"]
+        assert len(copies) <= 2 * lm.cfg.num_layers, copies
+    if batch > 1:  # so that the cache is what is large
+        layer = 4 * batch * programs.slots * lm.cfg.num_kv_heads * lm.cfg.head_dim
+        assert programs.decode.memory_analysis().temp_size_in_bytes < 2 * layer
 
 
 def test_collectives_of_a_sharded_step_are_those_of_the_rule_table():

@@ -117,10 +117,10 @@ def test_rescaling_leaves_the_float_model_what_it_was(family, method):
     for i in range(lm.cfg.num_layers):
         cfg, leaves = lm.cfg.layer(i), flatten(lm.params[f"layers_{i}"])
         inputs = walk.inputs(cfg, lm.params[f"layers_{i}"], ("absmax", "mean_abs", "hessian"))
+        readers = [name for names in SITES.values() for name in names]
         if method == "smoothquant":
-            new, after = scaling.smoothquant(cfg, leaves, inputs, 0.5)
+            new, after = scaling.smoothquant(cfg, leaves, inputs, readers, 0.5)
         else:
-            readers = [name for names in SITES.values() for name in names]
             contracted = {name: lm.info[f"layers_{i}/{name}"].contracted for name in readers}
             new, after = scaling.awq(cfg, leaves, inputs, dict.fromkeys(readers, fmt), contracted)
         flat |= {f"layers_{i}/{name}": leaf for name, leaf in new.items()}

@@ -151,7 +151,7 @@ def attend(
 
 def _score(q_BKGTH: jax.Array, k_BKHS: Entries) -> jax.Array:
     """float32 q·k. The scales of int8 keys multiply the result, never the cache."""
-    keys = k_BKHS.values.astype(q_BKGTH.dtype) if isinstance(k_BKHS, Rounded) else k_BKHS
+    keys = _as_float(k_BKHS.values, q_BKGTH) if isinstance(k_BKHS, Rounded) else k_BKHS
     scores_BKGTS = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, keys, preferred_element_type=jnp.float32)
     return scores_BKGTS * k_BKHS.scale[:, :, None] if isinstance(k_BKHS, Rounded) else scores_BKGTS
 
@@ -161,5 +161,18 @@ def _mix(weights_BKGTS: jax.Array, v_BKSH: Entries, dtype: DTypeLike) -> jax.Arr
     values = v_BKSH
     if isinstance(v_BKSH, Rounded):
         weights_BKGTS *= v_BKSH.scale.swapaxes(2, 3)[:, :, None]
-        values = v_BKSH.values.astype(dtype)
+        values = _as_float(v_BKSH.values, weights_BKGTS.astype(dtype))
     return jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(dtype), values, preferred_element_type=jnp.float32)
+
+
+def _as_float(rounded: jax.Array, after_BKGTx: jax.Array) -> jax.Array:
+    """A cache in the type of `after`, and not before that is there: XLA on CPU would make all layers' float first."""
+
+    def wait(rounded: jax.Array, after_BKGTx: jax.Array) -> jax.Array:
+        zero_BK = after_BKGTx[:, :, 0, 0, 0] * 0  # though XLA may not assume so of a float
+        return rounded.astype(after_BKGTx.dtype) + zero_BK[:, :, None, None]
+
+    def convert(rounded: jax.Array, after_BKGTx: jax.Array) -> jax.Array:
+        return rounded.astype(after_BKGTx.dtype)
+
+    return jax.lax.platform_dependent(rounded, after_BKGTx, cpu=wait, default=convert)
