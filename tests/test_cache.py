@@ -14,6 +14,8 @@ from tests.conftest import FAMILIES, TINY
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (3, 24)).astype(np.int32)
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_head_is_rounded_by_at_most_half_a_step():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 3, 8)) * 10.0, jnp.float32).at[0, 0].set(0.0)

@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     from jaxllm import harness
     from jaxllm.harness import HarnessLM, evaluate_tasks
 
-pytestmark = pytest.mark.peer
+pytestmark = [pytest.mark.peer, pytest.mark.slow]
 
 QUESTIONS = [
     {"q": "The sky is", "choices": ["blue", "green", "loud"], "gold": 0},

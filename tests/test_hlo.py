@@ -44,7 +44,10 @@ def test_quantised_weights_enter_as_int8_and_no_float_copy_leaves_a_fusion(progr
     check_weights(*programs)
 
 
-@pytest.mark.parametrize("format", ["int4-g32", "int8-g32-affine", "w8a8", "w8a8-static", "fp8"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("int8-g32-affine", "w8a8", "w8a8-static", "fp8")]
+
+
+@pytest.mark.parametrize("format", ["int4-g32", *SLOW])
 def test_no_format_has_a_float_copy_of_a_weight(format):
     """Where XLA on CPU has no kernel for a format, the weight is made float by quarters, one after the other."""
     lm = jaxllm.quantize(format, calibration=[[1, 2, 3]])(jaxllm.init(GROUPED))
@@ -123,7 +126,7 @@ def test_no_copy_of_the_cache_in_a_decode_step(programs):
     assert writes == 2 * lm.cfg.num_layers
 
 
-@pytest.fixture(scope="module", params=[1, 16])
+@pytest.fixture(scope="module", params=[1, pytest.param(16, marks=pytest.mark.slow)])
 def int8_cache(request):
     lm = jaxllm.quantize_kv()(jaxllm.init(dataclasses.replace(CONFIG, num_layers=2)))
     return lm, request.param, compile_programs(lm.cfg, lm.params, batch=request.param, max_len=48)

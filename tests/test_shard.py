@@ -19,6 +19,8 @@ TOKENS = np.random.default_rng(0).integers(0, 256, (4, 12)).astype(np.int32)
 SMALL = dataclasses.replace(TINY, num_layers=1)
 UNEVEN = dataclasses.replace(TINY, num_layers=2, num_heads=(8, 4), num_kv_heads=(4, 2), ffw_dim=(64, 48))
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def model(format):

@@ -131,6 +131,7 @@ optimize_checkpoint(source, transforms, out, log=lambda line: print(line, flush=
 """
 
 
+@pytest.mark.slow
 def test_ten_kills_change_nothing(tmp_path):
     source, rng, env = tmp_path / "in", random.Random(0), os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     checkpoint.export_hf(random_lm(dataclasses.replace(CFG, num_layers=10)), source)
@@ -205,6 +206,7 @@ class Death:
         return call
 
 
+@pytest.mark.slow
 def test_death_at_every_change_on_disk(source, tmp_path, monkeypatch):
     expected, death = whole(source, GPTQ), Death(monkeypatch)
     for step in itertools.count(1):
