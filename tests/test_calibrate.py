@@ -15,7 +15,7 @@ from jaxllm.config import Llama3Rope
 from jaxllm.lm import forward
 from jaxllm.params import flatten, unflatten
 from jaxllm.transforms.quantize import static_range
-from tests.conftest import TINY
+from tests.conftest import FAMILIES, TINY
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (3, 12)).astype(np.int32)
 KINDS = ("absmax", "mean_abs", "mean_square", "hessian", "histogram")
@@ -23,19 +23,22 @@ KINDS = ("absmax", "mean_abs", "mean_square", "hessian", "histogram")
 
 def met(lm):
     """{weight path: what it is contracted with, float64 [tokens, K]} in one pass over all layers and windows."""
-    seen, flat = {}, flatten(lm.params)
 
-    def record(path, x, y):
-        seen[path] = np.asarray(x, np.float64).reshape(TOKENS.size, -1)
+    @jax.jit
+    def run(params):
+        seen, flat = {}, flatten(params)
+        for path in flat:
+            if path.startswith("layers_") and lm.info[path].contracted:
+                flat[path] = Tap(flat[path], functools.partial(lambda path, x, y: seen.update({path: x}), path))
+        forward(lm.cfg, unflatten(flat), jnp.asarray(TOKENS))
+        return seen
 
-    for path in flat:
-        if path.startswith("layers_") and lm.info[path].contracted:
-            flat[path] = Tap(flat[path], functools.partial(record, path))
-    forward(lm.cfg, unflatten(flat), jnp.asarray(TOKENS))
-    return seen
+    return {path: np.asarray(x, np.float64).reshape(TOKENS.size, -1) for path, x in run(lm.params).items()}
 
 
-def test_streamed_statistics_are_those_of_one_forward(family):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_streamed_statistics_are_those_of_one_forward(name):
+    family = jaxllm.init(dataclasses.replace(FAMILIES[name], num_layers=2))
     seen, walk = met(family), Walk(TOKENS)
     walk.embed(family.cfg, family.params["embed"])
     for i in range(family.cfg.num_layers):

@@ -61,7 +61,7 @@ def test_gptq_moves_the_model_less_than_rounding(tiny):
     tokens = np.random.default_rng(1).integers(0, 256, (8, 48)).astype(np.int32)
     kl = {}
     for method in ("rtn", "gptq", "awq+gptq"):
-        rules = {"layers_.*": "int4-g16"}
+        rules = {".*mlp.*": "int4-g16"}
         done = jaxllm.quantize(rules, method, calibration=tokens)(tiny)
         kl[method] = jaxllm.compare(done, tiny, tokens).kl
     assert kl["gptq"] < 0.8 * kl["rtn"]
@@ -160,7 +160,7 @@ def test_it_can_be_done_in_steps_and_once(tiny):
 
 def test_bfloat16_models_are_quantised_and_stay_bfloat16():
     lm = jaxllm.init(dataclasses.replace(TINY, num_layers=1, dtype="bfloat16"))
-    done = jaxllm.quantize("int8-g16", "awq+gptq", calibration=TOKENS)(lm)
+    done = jaxllm.quantize({".*mlp.*": "int8-g16"}, "awq+gptq", calibration=TOKENS)(lm)
     rest = [leaf for leaf in flatten(done.params).values() if not isinstance(leaf, QArray)]
     assert {leaf.dtype for leaf in rest} == {jnp.dtype(jnp.bfloat16)}
     assert jaxllm.compare(done, lm, TOKENS).kl < 0.01

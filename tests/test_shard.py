@@ -62,7 +62,9 @@ def test_layers_of_different_widths_over_devices():
 
 
 def test_an_int8_cache_and_uneven_quantised_layers_generate_the_same():
-    lm = jaxllm.chain(jaxllm.quantize_kv(), jaxllm.quantize("int4-g16"))(jaxllm.init(UNEVEN))
+    lm = jaxllm.chain(jaxllm.quantize_kv(), jaxllm.quantize({".*/down/w": "int4-g16", ".*": "int8"}))(
+        jaxllm.init(UNEVEN)
+    )
     prompts = [list(range(3 + n, 12 - n)) for n in range(4)]
     plain = jaxllm.compile(lm, batch=4, max_len=16).generate(prompts, max_new_tokens=4)
     sharded = jaxllm.compile(lm, batch=4, max_len=16, mesh=jaxllm.make_mesh(data=2, model=2))
