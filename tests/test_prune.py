@@ -227,7 +227,7 @@ def test_a_block_goes_by_the_sum_of_its_scores():
         ({"sparsity": 0.6, "pattern": "2:4"}, "the pattern 2:4 makes it 0.5"),
         ({"sparsity": 0.5, "pattern": "4:2"}, "'4:2' is no pattern. There are unstructured, N:M"),
         ({"sparsity": 0.5, "pattern": "0x4"}, "'0x4' is no pattern"),
-        ({"pattern": "3:5"}, r"layers_0/attn/\w/w is \d+ x 32, which blocks of 1 x 5"),
+        ({"pattern": "3:5"}, r"layers_0/attn/\w/w is \d+ x 32, which groups of 5 inputs do not"),
         ({"sparsity": 0.5, "pattern": "24x4"}, r"layers_0/attn/\w/w is \d+ x 32, which blocks of 24 x 4"),
         ({"sparsity": 0.5, "method": "movement"}, "method is 'movement'; expected one of magnitude, wanda, sparsegpt"),
         ({"sparsity": 0.5, "scope": "world"}, 'scope is .*"global" or "sensitivity"'),
