@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from jaxllm.config import ModelConfig
 from jaxllm.models.decoder import Block, Decoder
 from jaxllm.models.layers import Embed
-from jaxllm.params import Boxed, ParamInfo, Params, flatten
+from jaxllm.params import Boxed, ParamInfo, Params, flatten, unflatten
 
 if TYPE_CHECKING:
     from jaxllm.text import Tokenizer
@@ -109,38 +110,36 @@ def record(lm: LM, name: str, args: Mapping[str, Any], touched: Iterable[str], *
 
 
 def init(cfg: ModelConfig, seed: int = 0) -> LM:
-    """A model with random weights: normal, of variance 1 / fan-in."""
-    tokens = jnp.zeros((1, 1), jnp.int32)
-
-    def make(key):
-        return _unbox(Decoder(cfg).init(key, tokens, tokens)["params"])
-
-    return LM(cfg, jax.jit(make)(jax.random.key(seed)), (Entry("init", {"seed": seed}),))
+    """A model with random weights: of matmuls normal, of variance 1 / fan-in; norms are 1, biases 0."""
+    rng = np.random.default_rng(seed)  # on the host: XLA would take seconds to compile a generator for each shape
+    params = {}
+    for path, info in param_info(cfg).items():
+        if info.contracted:
+            fan_in = math.prod(info.shape[-info.contracted :])
+            value = rng.standard_normal(info.shape, np.float32) * np.float32(fan_in**-0.5)
+        else:
+            value = np.full(info.shape, path.endswith("/w"), np.float32)
+        params[path] = jnp.asarray(value, cfg.dtype)
+    return LM(cfg, unflatten(params), (Entry("init", {"seed": seed}),))
 
 
 @functools.lru_cache(maxsize=64)
 def param_info(cfg: ModelConfig) -> dict[str, ParamInfo]:
-    return {path: leaf.info for path, leaf in _abstract_boxed(cfg).items()}
-
-
-def _abstract_boxed(cfg: ModelConfig) -> dict[str, Boxed]:
-    """By path, in the order of the model. One layer of each shape is traced: tracing is slow."""
-    out = {"embed/w": _abstract_one_layer(cfg.layer(0))["embed/w"]}
+    """By path, in the order of the model."""
+    ends = _info_of_one_layer(cfg.layer(0))
+    out = {"embed/w": ends["embed/w"]}
     for i in range(cfg.num_layers):
-        layer = _abstract_one_layer(cfg.layer(i)).items()
-        out |= {path.replace("_0/", f"_{i}/", 1): leaf for path, leaf in layer if path.startswith("layers_0/")}
-    ends = _abstract_one_layer(cfg.layer(0)).items()
-    return out | {path: leaf for path, leaf in ends if not path.startswith("layers_")}
+        layer = _info_of_one_layer(cfg.layer(i)).items()
+        out |= {path.replace("_0/", f"_{i}/", 1): info for path, info in layer if path.startswith("layers_0/")}
+    return out | {path: info for path, info in ends.items() if not path.startswith("layers_")}
 
 
 @functools.lru_cache(maxsize=64)
-def _abstract_one_layer(cfg: ModelConfig) -> dict[str, Boxed]:
+def _info_of_one_layer(cfg: ModelConfig) -> dict[str, ParamInfo]:
+    """Of a model with this layer only: tracing is slow."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return flatten(jax.eval_shape(Decoder(cfg).init, jax.random.key(0), tokens, tokens)["params"])
-
-
-def _unbox(params: Params) -> Params:
-    return jax.tree.map(lambda leaf: leaf.value, params, is_leaf=lambda leaf: isinstance(leaf, Boxed))
+    boxes: Mapping[str, Boxed] = flatten(jax.eval_shape(Decoder(cfg).init, jax.random.key(0), tokens, tokens)["params"])
+    return {path: box.info for path, box in boxes.items()}
 
 
 def forward(cfg: ModelConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:

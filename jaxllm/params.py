@@ -51,11 +51,11 @@ class Boxed(meta.AxisMetadata):
         raise NotImplementedError("Layers are an unrolled loop; no transform takes an axis from a weight.")
 
 
-def boxed(init: Callable[..., jax.Array], axes: tuple[str, ...], contracted: int = 0) -> Callable[..., Any]:
-    """An initialiser for `self.param` whose value carries its axes; Linen takes it out of its box."""
+def boxed(axes: tuple[str, ...], contracted: int = 0) -> Callable[..., Any]:
+    """For `self.param`: declares the weight with its axes; Linen takes it out of its box. `jaxllm.init` fills it."""
 
     def init_boxed(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> Boxed:
-        return Boxed(init(key, shape, dtype), ParamInfo(axes, contracted, shape))
+        return Boxed(jax.numpy.zeros(shape, dtype), ParamInfo(axes, contracted, shape))
 
     return init_boxed
 

@@ -225,8 +225,8 @@ class _Costs:
         speeds = measure(engines, work, read_bandwidth(), _log.info)
         a_layer = (speeds[FLOAT].step_ms - speeds["one layer"].step_ms) / max(1, self._lm.cfg.num_layers - 1)
         for name, of in zip(self.ends, ("one layer", "one layer, int8 ends"), strict=False):
-            self.ends[name] = speeds[of].step_ms - a_layer
-        return {name: speeds[name].step_ms - self.ends[FLOAT] for name in models}
+            self.ends[name] = max(0.0, speeds[of].step_ms - max(0.0, a_layer))  # a small model's times are noise
+        return {name: max(0.0, speeds[name].step_ms - self.ends[FLOAT]) for name in models}
 
     def layer(self, i: int, choice: Choice) -> float:
         if choice.format is None:

@@ -347,7 +347,8 @@ def test_dry_run_writes_nothing_and_says_what_would_be(source, tmp_path):
     assert found.stream_bytes == 2 * TOKENS.size * CFG.embed_dim * 4
     assert found.peak_bytes > found.bytes_out
     assert "4 groups" in str(found)
-    assert found == optimize_checkpoint(source, GPTQ, tmp_path / "new" / "out")
+    done = optimize_checkpoint(source, GPTQ, tmp_path / "new" / "out")
+    assert dataclasses.replace(done, free_bytes=0) == dataclasses.replace(found, free_bytes=0)
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

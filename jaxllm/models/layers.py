@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +13,6 @@ from jaxllm import arrays
 from jaxllm.cache import Entries, Rounded, as_keys, as_values
 from jaxllm.config import LinearRope, Llama3Rope
 from jaxllm.params import boxed
-
-
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: str, contracted: int) -> jax.Array:
-    fan_in = math.prod(shape[len(shape) - contracted :])
-    return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
 
 
 class Einsum(nn.Module):
@@ -34,15 +28,11 @@ class Einsum(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         contracted = arrays.num_contracted(self.eqn)
-
-        def init(key, shape, dtype):
-            return _normal(key, shape, dtype, contracted)
-
-        w = self.param("w", boxed(init, self.axes, contracted), self.shape, self.dtype)
+        w = self.param("w", boxed(self.axes, contracted), self.shape, self.dtype)
         y = arrays.einsum(self.eqn, x, w, self.out_dtype)
         if self.bias:
             kept = len(self.shape) - contracted
-            b = self.param("b", boxed(nn.initializers.zeros, self.axes[:kept]), self.shape[:kept], self.dtype)
+            b = self.param("b", boxed(self.axes[:kept]), self.shape[:kept], self.dtype)
             y += jnp.expand_dims(b, range(y.ndim - kept))
         return y
 
@@ -55,11 +45,7 @@ class Embed(nn.Module):
     dtype: str
 
     def setup(self):
-        def init(key, shape, dtype):
-            return _normal(key, shape, dtype, 1)
-
-        shape = (self.vocab_size, self.embed_dim)
-        self.w = self.param("w", boxed(init, ("vocab", "embed"), 1), shape, self.dtype)
+        self.w = self.param("w", boxed(("vocab", "embed"), 1), (self.vocab_size, self.embed_dim), self.dtype)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         return arrays.take(self.w, tokens_BT, self.dtype)
@@ -77,7 +63,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        w = self.param("w", boxed(nn.initializers.ones, (self.axis,)), x.shape[-1:], self.dtype)
+        w = self.param("w", boxed((self.axis,)), x.shape[-1:], self.dtype)
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * jnp.expand_dims(w, range(x.ndim - 1))
