@@ -220,7 +220,7 @@ class _Costs:
         timed = {**models, "one layer": one}
         if "int8" in self.ends:
             timed["one layer, int8 ends"] = quantize({ENDS: "int8"})(one)
-        work = Workload(prompt_tokens=16, new_tokens=48, rounds=3, max_len=min(128, self._lm.cfg.max_len))
+        work = Workload(prompt_tokens=16, new_tokens=48, rounds=3, max_len=64)
         engines = {name: compile_lm(model, max_len=work.max_len) for name, model in timed.items()}
         speeds = measure(engines, work, read_bandwidth(), _log.info)
         a_layer = (speeds[FLOAT].step_ms - speeds["one layer"].step_ms) / max(1, self._lm.cfg.num_layers - 1)

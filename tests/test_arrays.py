@@ -47,8 +47,7 @@ def test_a_row_of_zeros_stays_zero():
 FORMATS = ["int8", "int8-affine", "int8-g16", "int4", "int4-g16", "int4-g32-affine", "fp8"]
 
 
-@pytest.mark.parametrize("shape", [(10, 3, 64), (9, 4, 16)])
-@pytest.mark.parametrize("rows", [1, 3, 130])
+@pytest.mark.parametrize(("rows", "shape"), [(1, (10, 3, 64)), (3, (9, 4, 16)), (130, (10, 3, 64))])
 @pytest.mark.parametrize("name", FORMATS)
 def test_both_forms_of_every_format_equal_float64(name, rows, shape):
     contracted = 1 if shape[-1] == 64 else 2

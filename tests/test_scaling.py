@@ -13,6 +13,7 @@ from jaxllm.calibrate import SITES, Walk
 from jaxllm.formats import parse
 from jaxllm.params import flatten, unflatten
 from jaxllm.transforms import scaling
+from tests.conftest import FAMILIES
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 24)).astype(np.int32)
 
@@ -108,9 +109,12 @@ def biased(lm):
     return dataclasses.replace(lm, params=unflatten(flat))
 
 
-@pytest.mark.parametrize("method", ["smoothquant", "awq"])
-def test_rescaling_leaves_the_float_model_what_it_was(family, method):
-    lm = biased(family)
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [("smoothquant", "qwen2"), ("smoothquant", "qwen3"), ("awq", "qwen2"), ("awq", "llama3"), ("awq", "mistral")],
+)
+def test_rescaling_leaves_the_float_model_what_it_was(method, family):
+    lm = biased(jaxllm.init(dataclasses.replace(FAMILIES[family], num_layers=2)))
     fmt = parse("int4-g16")
     walk, flat, changed = Walk(TOKENS), dict(flatten(lm.params)), set()
     walk.embed(lm.cfg, lm.params["embed"])
