@@ -30,6 +30,7 @@ def rows(calibration):
         "original": lambda lm: lm,
         "magnitude 50 %": jaxllm.prune(0.5),
         "Wanda 50 %": jaxllm.prune(0.5, "wanda", **on),
+        "Wanda 50 %, by sensitivity": jaxllm.prune(0.5, "wanda", scope="sensitivity", **on),
         "SparseGPT 50 %": jaxllm.prune(0.5, "sparsegpt", **on),
         "magnitude 2:4": jaxllm.prune(pattern="2:4"),
         "Wanda 2:4": jaxllm.prune(pattern="2:4", method="wanda", **on),
