@@ -74,46 +74,63 @@ def compile_programs(
 
     Raises ValueError when the mesh does not divide a dimension of the model.
     """
-    for name, value in {"batch": batch, "max_len": max_len, "steps": steps}.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected a positive integer.")
-    if mesh is not None:
-        shard.check_mesh(cfg, mesh, batch)
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; expected a positive integer.")
     use_compilation_cache()
-    chunks = [size for size in CHUNKS if size < max_len] or [CHUNKS[0]]
-    slots = -(-max_len // chunks[-1]) * chunks[-1]
-
-    sharded = _Shardings(cfg, mesh)
-    decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
-    make_state = functools.partial(_start, cfg, batch, slots)
-    state = sharded.abstract(jax.eval_shape(make_state), sharded.state())
-    weights = sharded.abstract(params, sharded.params(params))
-    how = jax.eval_shape(lambda: as_arrays(Sampling(), frozenset()))
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-
-    def lower_prefill(chunk: int) -> Any:
-        tokens, lengths = (
-            sharded.abstract(jax.ShapeDtypeStruct(shape, jnp.int32), sharded.batch(len(shape)))
-            for shape in ((batch, chunk), (batch,))
-        )
-        prefill = jax.jit(
-            functools.partial(_prefill, decoder), donate_argnums=1, out_shardings=(sharded.state(), sharded.batch(1))
-        )
-        return prefill.lower(weights, state, tokens, number, lengths, lengths, how)
-
-    decode = jax.jit(
-        functools.partial(_decode, decoder, steps),
-        donate_argnums=1,
-        out_shardings=(sharded.state(), sharded.batch(2)),
-    )
-    lowered: dict[Any, Any] = {
-        "start": jax.jit(make_state, out_shardings=sharded.state()).lower(),
-        "decode": decode.lower(weights, state, number, how),
-    } | {chunk: lower_prefill(chunk) for chunk in chunks}
+    lower = Lowering(cfg, params, batch, max_len, mesh)
+    lowered: dict[Any, Any] = {"start": lower.start(), "decode": lower.decode(steps)}
+    lowered |= {chunk: lower.prefill(chunk) for chunk in lower.chunks}
     with ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
         compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values()), strict=True))
-    prefill = {chunk: compiled[chunk] for chunk in chunks}
-    return Programs(batch, slots, compiled["start"], prefill, compiled["decode"])
+    prefill = {chunk: compiled[chunk] for chunk in lower.chunks}
+    return Programs(batch, lower.slots, compiled["start"], prefill, compiled["decode"])
+
+
+class Lowering:
+    """A model's programs, traced for a batch, length and mesh: each method returns one, to be compiled.
+
+    Arguments and errors as of `compile_programs`. The mesh's devices need not be at hand.
+    """
+
+    def __init__(self, cfg: ModelConfig, params: Params, batch: int, max_len: int, mesh: Mesh | None):
+        for name, value in {"batch": batch, "max_len": max_len}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a positive integer.")
+        if mesh is not None:
+            shard.check_mesh(cfg, mesh, batch)
+        self.chunks = [size for size in CHUNKS if size < max_len] or [CHUNKS[0]]
+        self.slots = -(-max_len // self.chunks[-1]) * self.chunks[-1]
+        self._batch, self._sharded = batch, (sharded := _Shardings(cfg, mesh))
+        self._decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
+        self._make_state = functools.partial(_start, cfg, batch, self.slots)
+        self._state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state())
+        self._params = sharded.abstract(params, sharded.params(params))
+        self._how = jax.eval_shape(lambda: as_arrays(Sampling(), frozenset()))
+        self._number = jax.ShapeDtypeStruct((), jnp.int32)
+
+    def start(self) -> Any:
+        return jax.jit(self._make_state, out_shardings=self._sharded.state()).lower()
+
+    def prefill(self, chunk: int) -> Any:
+        tokens, lengths = (
+            self._sharded.abstract(jax.ShapeDtypeStruct(shape, jnp.int32), self._sharded.batch(len(shape)))
+            for shape in ((self._batch, chunk), (self._batch,))
+        )
+        prefill = self._jit(functools.partial(_prefill, self._decoder), rank=1)
+        return prefill.lower(self._params, self._state, tokens, self._number, lengths, lengths, self._how)
+
+    def decode(self, steps: int) -> Any:
+        decode = self._jit(functools.partial(_decode, self._decoder, steps), rank=2)
+        return decode.lower(self._params, self._state, self._number, self._how)
+
+    def step(self) -> Any:
+        """One decode step without the loop around it: what `decode` does over and over."""
+        step = self._jit(functools.partial(_step, self._decoder), rank=1)
+        return step.lower(self._params, self._state, self._how)
+
+    def _jit(self, program: Callable[..., Any], rank: int) -> Any:
+        """rank: of the tokens that it gives, beside the state."""
+        return jax.jit(program, donate_argnums=1, out_shardings=(self._sharded.state(), self._sharded.batch(rank)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,30 +208,33 @@ def _prefill(
 def _decode(
     decoder: Decoder, steps: int, params: Params, state: State, limit: jax.Array, how: SamplingArrays
 ) -> tuple[State, jax.Array]:
-    batch = state.token_B.shape[0]
-    rows_B = jnp.arange(batch)
-
     def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
         step, state, _ = carry
         return (step < jnp.minimum(limit, steps)) & ~jnp.all(state.done_B)
 
     def advance(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         step, state, out_BN = carry
-        logits_B1V, cache = _apply(decoder, params, state.token_B[:, None], state.position_B[:, None], state.cache)
-        token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how)
-        # A row that has ended stands still: it writes the same slot again, and nothing reads it.
-        token_B = jnp.where(state.done_B, state.token_B, token_B)
-        out_BN = lax.dynamic_update_slice_in_dim(out_BN, jnp.where(state.done_B, -1, token_B)[:, None], step, axis=1)
-        state = State(
-            cache=cache,
-            token_B=token_B,
-            row_B=state.row_B,
-            position_B=jnp.where(state.done_B, state.position_B, state.position_B + 1),
-            done_B=state.done_B | jnp.isin(token_B, how.stop_tokens),
-            seen_BV=state.seen_BV.at[rows_B, token_B].set(True),
-        )
-        return step + 1, state, out_BN
+        state, token_B = _step(decoder, params, state, how)
+        return step + 1, state, lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
 
-    out_BN = jnp.full((batch, steps), -1, jnp.int32)
+    out_BN = jnp.full((state.token_B.shape[0], steps), -1, jnp.int32)
     _, state, out_BN = lax.while_loop(unfinished, advance, (jnp.int32(0), state, out_BN))
     return state, out_BN
+
+
+def _step(decoder: Decoder, params: Params, state: State, how: SamplingArrays) -> tuple[State, jax.Array]:
+    """The next token of each row; -1 where the row has ended."""
+    rows_B = jnp.arange(state.token_B.shape[0])
+    logits_B1V, cache = _apply(decoder, params, state.token_B[:, None], state.position_B[:, None], state.cache)
+    token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how)
+    # A row that has ended stands still: it writes the same slot again, and nothing reads it.
+    token_B = jnp.where(state.done_B, state.token_B, token_B)
+    after = State(
+        cache=cache,
+        token_B=token_B,
+        row_B=state.row_B,
+        position_B=jnp.where(state.done_B, state.position_B, state.position_B + 1),
+        done_B=state.done_B | jnp.isin(token_B, how.stop_tokens),
+        seen_BV=state.seen_BV.at[rows_B, token_B].set(True),
+    )
+    return after, jnp.where(state.done_B, -1, token_B)

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jaxllm.cli import arguments, compress, run
+from jaxllm.cli import arguments, compress, plan, run
 from jaxllm.cli.common import finite, log
 
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": run.chat,
     "eval": run.evaluate,
     "bench": run.bench,
+    "plan": plan.plan,
     "info": run.info,
     "export": run.export,
 }

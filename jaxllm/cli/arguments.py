@@ -175,6 +175,24 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--mesh", metavar="data=1,model=4", help="devices to shard over (default: one)")
     timing(sub)
 
+    sub = command("plan", "predict a model on TPU slices, by compiling it for them: no TPU is needed")
+    sub.add_argument("model", metavar="MODEL", help="a config.json, or name, directory, .gguf file, Hugging Face id")
+    sub.add_argument("--target", required=True, help="slices, or chips for all of their slices: v5e, v6e:2x4")
+    sub.add_argument("--max-chips", type=int, default=16, help="of a chip's slices (default %(default)s)")
+    sub.add_argument(
+        "--quantize", default="int8", metavar="FORMATS", help="of weights: int8,int4-g32,float (default int8)"
+    )
+    sub.add_argument("--kv", choices=("int8",), help="keys and values of the cache")
+    sub.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the rest (default %(default)s)"
+    )
+    sub.add_argument("--batch", default="1,8,32", help="sequences that run together (default %(default)s)")
+    sub.add_argument("--context", default="2048", help="tokens of prompt and answer (default %(default)s)")
+    sub.add_argument("--prompt-tokens", type=int, default=512, help="for the time to first token (default %(default)s)")
+    sub.add_argument("--price", type=float, help="dollars for a chip and hour, for the cost of a million tokens")
+    sub.add_argument("--exact", action="store_true", help="compile every layer, not a few from which the rest follows")
+    sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed against latency")
+
     sub = command("info", "what is in a checkpoint: shape, precision, ledger")
     model(sub)
 

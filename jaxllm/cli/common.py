@@ -69,6 +69,17 @@ def check_out(path: Path) -> None:
         )
 
 
+def numbers(option: str, given: str) -> list[int]:
+    """numbers("--batch", "1,8") == [1, 8]."""
+    try:
+        out = [int(word) for word in given.split(",")]
+    except ValueError:
+        out = [0]
+    if min(out) < 1:
+        raise ValueError(f"{option} is {given!r}; expected positive integers: 1,8.")
+    return out
+
+
 def mesh(spec: str | None) -> Any:
     return None if spec is None else jaxllm.make_mesh(**counts("--mesh", spec, ("data", "model"), int))
 

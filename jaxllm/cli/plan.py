@@ -1,0 +1,134 @@
+"""The command that looks at machines that are not at hand."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from jaxllm import plan as planning
+from jaxllm import targets
+from jaxllm.checkpoint import load_header
+from jaxllm.cli import common
+from jaxllm.config import ModelConfig, from_hf
+
+_CONFIG_BYTES = 1 << 20
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: chips that are here are left to others
+    slices = [
+        target
+        for name in args.target.split(",")
+        for target in (
+            [targets.parse(name)] if ":" in name else targets.slices(targets.parse(name).kind, args.max_chips)
+        )
+    ]
+    batches, contexts = (
+        common.numbers(name, given) for name, given in (("--batch", args.batch), ("--context", args.context))
+    )
+    formats = [None if name == "float" else name for name in args.quantize.split(",")]
+    if args.prompt_tokens > min(contexts):
+        raise ValueError(f"--prompt-tokens {args.prompt_tokens} do not fit a context of {min(contexts)}.")
+    cfg = config(args.model, args.dtype)
+    found = []
+    for candidate in planning.sweep(
+        cfg, slices, formats, batches, contexts, args.kv, args.prompt_tokens, args.price, args.exact
+    ):
+        common.log(line(candidate))
+        found.append(candidate)
+    if not found:
+        raise ValueError("No mesh of these slices divides the model; a slice of fewer chips may.")
+    best = planning.best(found)
+    Console(width=None if sys.stdout.isatty() else 150).print(table(found, best))
+    if args.plot:
+        plot(found, best, args.plot)
+        common.log(f"wrote {args.plot}")
+    as_json = [dataclasses.asdict(candidate) for candidate in found]
+    return {"candidates": as_json, "best": None if best is None else found.index(best)}
+
+
+def config(model: str, dtype: str) -> ModelConfig:
+    """Of a config.json, or of anything that `load` takes. dtype: of float weights and activations."""
+    path = Path(model)
+    if path.suffix == ".json" and path.is_file():
+        if path.stat().st_size > _CONFIG_BYTES:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes; a config.json has a few thousand.")
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is no config.json: expected an object.")
+        return dataclasses.replace(from_hf(values), dtype=dtype)
+    return load_header(model, dtype, log=common.log).cfg
+
+
+def line(c: planning.Candidate) -> str:
+    size = f"{(c.argument_bytes + c.temp_bytes + c.program_bytes) / 1e9:.2f} GB"
+    speed = f"{c.step_ms_low:.2f}-{c.step_ms_high:.2f} ms" if c.fits else c.reason
+    return f"{c.target} {_mesh(c)} {c.quantize or 'float'} batch {c.batch} context {c.context}: {size}, {speed}"
+
+
+def _mesh(c: planning.Candidate) -> str:
+    return " x ".join(str(size) for size in c.mesh.values())
+
+
+def table(candidates: Sequence[planning.Candidate], best: planning.Candidate | None) -> Table:
+    out = Table(
+        caption="Predictions by the TPU compiler, nothing was run. Bytes are of one device; ms from the roofline to the "
+        "compiler's own estimate; mesh: data x model; *: most tokens a second and chip."
+    )
+    for name in ("target", "mesh", "weights", "batch", "context", "GB", "ms a step", "limit", "TTFT ms"):
+        out.add_column(name, justify="left" if name in ("target", "mesh", "weights", "limit") else "right")
+    for name in ("tokens/s", "a chip", "$ / M", "max batch"):
+        out.add_column(name, justify="right")
+    for c in candidates:
+        size = f"{(c.argument_bytes + c.temp_bytes + c.program_bytes) / 1e9:.1f} of {c.hbm_bytes / 1e9:.1f}"
+        start = [c.target + (" *" if c is best else ""), _mesh(c), c.quantize or "float", str(c.batch), str(c.context)]
+        if not c.fits:
+            out.add_row(*start, size, "does not fit", c.reason, "", "", "", "", str(c.largest_batch))
+            continue
+        cost = "" if c.cost_low is None else f"{c.cost_low:.2f}-{c.cost_high:.2f}"
+        rates = f"{c.tokens_per_s_low:.0f}-{c.tokens_per_s_high:.0f}"
+        each = f"{c.tokens_per_s_low / c.chips:.0f}-{c.tokens_per_s_high / c.chips:.0f}"
+        steps = f"{c.step_ms_low:.2f}-{c.step_ms_high:.2f}"
+        first = f"{c.ttft_ms_low:.0f}-{c.ttft_ms_high:.0f}"
+        out.add_row(*start, size, steps, c.bottleneck, first, rates, each, cost, str(c.largest_batch))
+    return out
+
+
+def plot(candidates: Sequence[planning.Candidate], best: planning.Candidate | None, path: Path) -> None:
+    """A PNG: tokens a second and chip against ms a token, a bar from the low to the high end of each candidate."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys((c.target, c.quantize or "float") for c in candidates))
+    for c in candidates:
+        if c.fits:
+            color = f"C{names.index((c.target, c.quantize or 'float')) % 10}"
+            ends = [c.step_ms_low, c.step_ms_high], [c.tokens_per_s_high / c.chips, c.tokens_per_s_low / c.chips]
+            axes.plot(*ends, "-", color=color, linewidth=3 if c is best else 1.5)
+            axes.annotate(f"{c.batch}", (ends[0][0], ends[1][0]), fontsize=7)
+    for number, (target, format) in enumerate(names):
+        axes.plot([], [], "-", color=f"C{number % 10}", label=f"{target} {format}")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("ms a decode step; numbers are batches")
+    axes.set_ylabel("tokens a second and chip")
+    axes.set_title("Predicted, from the roofline to the compiler's estimate")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
