@@ -16,28 +16,10 @@ import numpy as np
 
 _BITS = {"pred": 8, "bf16": 16, "c64": 64}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_FREE = frozenset(
-    [
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "after-all",
-        "partition-id",
-        "replica-id",
-        "opt-barrier",
-        "iota",
-        "add-dependency",
-        "domain",
-        "copy-done",
-        "slice-done",
-        "async-done",
-        "all-reduce-done",
-        "all-gather-done",
-        "collective-permute-done",
-    ]
-)
+# These move nothing, or are the end of what their start was counted for.
+_FREE = frozenset(("parameter", "constant", "iota", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"))
+_FREE |= frozenset(("partition-id", "replica-id", "opt-barrier", "add-dependency"))
+_FREE |= frozenset(f"{op}-done" for op in ("copy", "slice", "async", *COLLECTIVES))
 _SLICES = frozenset(("slice", "dynamic-slice", "gather"))
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # operand 0 is changed in place; where the update stands
 _ABSURD_CYCLES = 1e9  # what the compiler could not estimate comes out near 2**63
@@ -386,21 +368,7 @@ def _written(module: Module, i: Instruction, body: Computation) -> Iterator[tupl
         yield shape, size
 
 
-_MOVES = frozenset(
-    [
-        "parameter",
-        "copy",
-        "transpose",
-        "bitcast",
-        "reshape",
-        "tuple",
-        "constant",
-        "pad",
-        "slice",
-        "concatenate",
-        "broadcast",
-    ]
-)
+_MOVES = frozenset(("parameter", "copy", "transpose", "bitcast", "reshape", "tuple", "constant", "pad", "slice"))
 
 
 def moves_only(module: Module, i: Instruction) -> bool:

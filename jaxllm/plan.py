@@ -42,7 +42,7 @@ HOP_S = 1e-6  # from a chip to its neighbour: what a small collective waits for;
 class Case:
     """What is planned. format: of the weights, as for `quantize`; None for the config's dtype.
 
-    data, model: the mesh. kv_dtype: "int8" or None. batch: sequences in all. context: tokens of each, prompt and answer.
+    data, model: the mesh. kv_dtype: "int8" or None. batch: sequences in all. context: tokens of each.
     """
 
     target: Target

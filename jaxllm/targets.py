@@ -34,8 +34,8 @@ class Chip:
     link_bytes_per_s: float
 
 
-# From Google's pages of each generation and jax's table for Pallas kernels; the clocks are inferred, from peak FLOPs and
-# the size of the matmul units.
+# From Google's pages of each generation and jax's table for Pallas kernels; the clocks are inferred, from peak FLOPs
+# and the size of the matmul units.
 CHIPS = {
     "v4": Chip(2, 3, 15.75 * _GiB, 0.614e12, 137e12, 137e12, 1.05e9, 45e9),
     "v5e": Chip(1, 2, 15.75 * _GiB, 0.82e12, 197e12, 394e12, 1.5e9, 45e9),

@@ -25,16 +25,11 @@ _CONFIG_BYTES = 1 << 20
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")  # nothing runs: chips that are here are left to others
-    slices = [
-        target
-        for name in args.target.split(",")
-        for target in (
-            [targets.parse(name)] if ":" in name else targets.slices(targets.parse(name).kind, args.max_chips)
-        )
-    ]
-    batches, contexts = (
-        common.numbers(name, given) for name, given in (("--batch", args.batch), ("--context", args.context))
-    )
+    slices = []
+    for name in args.target.split(","):
+        one = targets.parse(name)
+        slices += [one] if ":" in name else targets.slices(one.kind, args.max_chips)
+    batches, contexts = common.numbers("--batch", args.batch), common.numbers("--context", args.context)
     formats = [None if name == "float" else name for name in args.quantize.split(",")]
     if args.prompt_tokens > min(contexts):
         raise ValueError(f"--prompt-tokens {args.prompt_tokens} do not fit a context of {min(contexts)}.")
@@ -84,8 +79,8 @@ def _mesh(c: planning.Candidate) -> str:
 
 def table(candidates: Sequence[planning.Candidate], best: planning.Candidate | None) -> Table:
     out = Table(
-        caption="Predictions by the TPU compiler, nothing was run. Bytes are of one device; ms from the roofline to the "
-        "compiler's own estimate; mesh: data x model; *: most tokens a second and chip."
+        caption="Predictions by the TPU compiler; nothing was run. Bytes are of one device; ms from the roofline to "
+        "the compiler's own estimate; mesh: data x model; *: most tokens a second and chip."
     )
     for name in ("target", "mesh", "weights", "batch", "context", "GB", "ms a step", "limit", "TTFT ms"):
         out.add_column(name, justify="left" if name in ("target", "mesh", "weights", "limit") else "right")
