@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.cli.arguments import parser
+
 ROOT = Path(__file__).parents[1]
 TPU = ROOT / "tpu_setup" / "tpu"
 ZONE = ["--zone", "us-west4-a"]
@@ -126,7 +128,8 @@ GKE = "xpk cluster create --cluster=t1 --tpu-type=v5litepod-16 --num-slices=1 --
         (
             "--type v6e-4 --via gce --model flex-start --wait 90",
             "PENDING RUNNING",
-            f"{GCE} --provisioning-model=FLEX_START --request-valid-for-duration=90m --reservation-affinity=none --async",
+            f"{GCE} --provisioning-model=FLEX_START --request-valid-for-duration=90m "
+            "--reservation-affinity=none --async",
         ),
         ("--type v5e-16 --via gke", "", GKE + " --on-demand"),
         ("--type v5e-16 --via gke --model spot", "", GKE + " --spot"),
@@ -399,6 +402,12 @@ def test_every_command_of_the_page_is_accepted(cloud: Cloud):
             words.insert(at, "--dry-run")
         done = cloud.run(*words[1:])
         assert done.returncode == 0, f"{command}\n{done.stderr}"
+        remote = words[at + 2 :]
+        if remote[:1] == ["jaxllm"]:
+            _, prompts = parser().parse_known_args(remote[1:])
+            assert not any(word.startswith("-") for word in prompts), command
+        elif remote and remote[1] != "-c":
+            assert (ROOT / remote[1].removeprefix("src/")).exists(), command
     assert cloud.calls() == []
 
 
