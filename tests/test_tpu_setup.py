@@ -49,7 +49,7 @@ for arg in argv:
             sys.exit(3)
 if argv[0] == "xpk" and any("wait-for-job" in arg for arg in argv) and "job" in read("failing"):
     sys.exit(125)
-if argv[:4] == ["gcloud", "compute", "tpus", "tpu-vm"] and argv[4] == "scp" and "scp" in read("failing"):
+if any(arg in read("failing") for arg in argv[4:5]):
     sys.exit(1)
 """
 
@@ -151,6 +151,15 @@ def test_create(cloud: Cloud, options: str, states: str, expected: str):
     assert "USD an hour" in done.stderr
     assert "delete t1 --zone=us-west4-a" in done.stderr
     assert all(f"t1 is {state}" in done.stderr for state in states.split())
+
+
+def test_a_refused_creation_says_what_to_do(cloud: Cloud):
+    cloud.failing("create")
+    done = cloud.run("create", "t1", *ZONE, "--type", "v5e-1", "--via", "tpu-vm")
+    assert done.returncode == 1
+    assert "t1 was not created" in done.stderr
+    assert done.stderr.strip().endswith("delete t1 --zone=us-west4-a --via=tpu-vm")
+    assert len(cloud.calls()) == 1
 
 
 def test_the_wait_is_bounded(cloud: Cloud):
@@ -256,7 +265,7 @@ def test_a_dry_run_prints_what_is_then_run(cloud: Cloud, args: list[str]):
     if args[0] in ("install", "run"):  # the workers start together
         calls, recorded = sorted(calls), sorted(recorded)
     assert calls == recorded
-    assert {words[0] for words in printed} <= {"gcloud", "xpk", "kubectl", "tar", "mkdir"}
+    assert {words[0] for words in printed} <= {"gcloud", "xpk", "kubectl", "tar", "mkdir", "rm"}
 
 
 def test_install_sends_a_package_that_can_be_built(cloud: Cloud, tmp_path: Path):
@@ -272,6 +281,42 @@ def test_install_sends_a_package_that_can_be_built(cloud: Cloud, tmp_path: Path)
     wheel.touch()
     assert cloud.run("install", "t1", *HOSTS, "--from", str(wheel)).returncode == 0
     assert all(f"'../{wheel.name}[tpu]'" in call[-1] for call in cloud.calls()[1:])
+
+
+def test_what_the_workers_are_told_is_a_shell_s(cloud: Cloud, tmp_path: Path):
+    """The texts of install and run, in a home directory of their own, with a uv that records."""
+    home = tmp_path / "home"
+    (home / ".local" / "bin").mkdir(parents=True)
+    uv = home / ".local" / "bin" / "uv"
+    uv.write_text('#!/bin/sh\necho "$@"\nmkdir -p .venv/bin && echo "answer=42" >.venv/bin/activate\n')
+    uv.chmod(0o755)
+    cloud.add("curl", "#!/bin/sh\necho 'echo installing uv'\n")
+
+    def worker(*args: str) -> list[str]:
+        assert cloud.run(*args).returncode == 0
+        text = cloud.calls()[-1][-1].removeprefix("--command=")
+        env = cloud.env | {"HOME": str(home)}
+        done = subprocess.run(["bash", "-c", text], cwd=home, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    (home / "jaxllm").mkdir()
+    (home / "jaxllm" / "results").touch()
+    assert cloud.run("install", "t1", *HOSTS).returncode == 0
+    shutil.copy(cloud.calls()[0][5], home)
+    assert worker("install", "t1", *HOSTS) == [
+        "installing uv",
+        "venv --clear --python 3.12 .venv",
+        "pip install --python .venv ./src[tpu]",
+    ]
+    assert (home / "jaxllm" / "src" / "pyproject.toml").exists()
+    assert (home / "jaxllm" / "results").exists()
+    spec = "git+https://example.org/jaxllm@main"
+    assert worker("install", "t1", *HOSTS, "--from", spec)[-1] == f"pip install --python .venv jaxllm[tpu] @ {spec}"
+    assert worker("run", "t1", *HOSTS, "--", "bash", "-c", "pwd; echo \"it's\" $1 '*'", "x", "a  & b") == [
+        str(home / "jaxllm"),
+        "it's a & b *",
+    ]
 
 
 def test_install_tries_again_and_then_fails(cloud: Cloud):
