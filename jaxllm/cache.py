@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from jaxllm.config import ModelConfig
 class Rounded:
     """Keys or values in int8, with a scale for each head of each token: x ≈ values * scale.
 
-    values: int8. scale: float32, values' shape with 1 for head_dim.
+    values: int8. scale: float32, values' shape with 1 for head_dim; in a cache that is not split, [B, K, 1, S].
     """
 
     values: jax.Array
@@ -34,27 +36,42 @@ class KVCache:
     A slot is read only by queries at its own or a later position, so what a slot held before it was written, or what a
     padded prompt left in it, is never seen.
 
-    Keys have their slots last and values their head_dim, so that both matmuls of attention read the cache as it lies;
-    the other way round XLA on CPU transposes the whole of it in every step.
+    split: how it is used, which is for the compiler. XLA on CPU copies a cache that is written and then read: there a
+    call's own keys and values are attended to beside the cache and written afterwards; and keys have their slots last,
+    or the whole of them would be transposed in every step. A TPU's or GPU's writes first and reads the cache alone;
+    keys with slots last would be laid out anew around every write.
     """
 
-    k: tuple[Entries, ...]  # num_layers of [B, K, H, S]
+    k: tuple[Entries, ...]  # num_layers of [B, K, H, S] where split, else of [B, K, S, H]
     v: tuple[Entries, ...]  # num_layers of [B, K, S, H]
+    split: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
-def init_cache(cfg: ModelConfig, batch: int, slots: int) -> KVCache:
+class LayerCache(NamedTuple):
+    """A layer's part of a KVCache."""
+
+    k: Entries
+    v: Entries
+    split: bool
+
+
+def init_cache(cfg: ModelConfig, batch: int, slots: int, split: bool = True) -> KVCache:
     """An empty cache: 2 * num_layers * batch * slots * num_kv_heads * head_dim elements of `cfg.kv_dtype`."""
 
     def entries(*shape: int, head_axis: int) -> Entries:
         if cfg.kv_dtype is None:
             return jnp.zeros(shape, cfg.dtype)
-        scale = [1 if axis == head_axis else size for axis, size in enumerate(shape)]
+        scale = (*shape[:2], 1, slots) if not split or head_axis == 2 else (*shape[:3], 1)
         return Rounded(jnp.zeros(shape, jnp.int8), jnp.zeros(scale, jnp.float32))
 
     H, heads = cfg.head_dim, cfg.widths("num_kv_heads")
-    k = tuple(entries(batch, K, H, slots, head_axis=2) for K in heads)
     v = tuple(entries(batch, K, slots, H, head_axis=3) for K in heads)
-    return KVCache(k, v)
+    k = tuple(entries(batch, K, H, slots, head_axis=2) for K in heads) if split else tuple(map(_copy, v))
+    return KVCache(k, v, split)
+
+
+def _copy(entries: Entries) -> Entries:
+    return jax.tree.map(jnp.zeros_like, entries)  # a buffer of its own: all are donated
 
 
 def round_int8(x_BTKH: jax.Array) -> Rounded:
@@ -66,8 +83,8 @@ def round_int8(x_BTKH: jax.Array) -> Rounded:
 
 
 def as_keys(x_BTKH: Entries) -> Entries:
-    """[B, K, H, T], as keys lie in the cache."""
-    return jax.tree.map(lambda x: x.transpose(0, 2, 3, 1), x_BTKH)
+    """[B, K, H, T], as keys lie in a cache that is split."""
+    return jax.tree.map(_slots_last, x_BTKH)
 
 
 def as_values(x_BTKH: Entries) -> Entries:
@@ -75,19 +92,18 @@ def as_values(x_BTKH: Entries) -> Entries:
     return jax.tree.map(lambda x: x.swapaxes(1, 2), x_BTKH)
 
 
-def write(
-    past: tuple[Entries, Entries],
-    new_k_BTKH: Entries,
-    new_v_BTKH: Entries,
-    positions_BT: jax.Array,
-    after_BTNH: jax.Array,
-) -> tuple[Entries, Entries]:
-    """Puts the keys and values of this call into their slots.
+def _slots_last(x_BTKH: jax.Array) -> jax.Array:
+    return x_BTKH.transpose(0, 2, 3, 1)
+
+
+def write_split(
+    past: LayerCache, new_k_BTKH: Entries, new_v_BTKH: Entries, positions_BT: jax.Array, after_BTNH: jax.Array
+) -> LayerCache:
+    """Puts the keys and values of this call into their slots of a cache that is split.
 
     With T > 1 the positions must be contiguous and the same in every row (a prefill chunk); with T == 1 each row has
     its own, which must lie in the cache.
 
-    past: k [B, K, H, S] and v [B, K, S, H].
     after_BTNH: what attention made of `past`. XLA writes in place only where the data say that all reads come first;
         otherwise it copies the whole cache in every step.
     """
@@ -99,19 +115,27 @@ def write(
         return x_BTKH + zero_BTKH[..., : x_BTKH.shape[3]].astype(x_BTKH.dtype)
 
     new_k_BTKH, new_v_BTKH = jax.tree.map(after, (new_k_BTKH, new_v_BTKH))
-    if length == 1 and batch > 1:
-        rows_B, slots_B = jnp.arange(batch), positions_BT[:, 0]
+    k = jax.tree.map(functools.partial(_put, positions_BT, 3), past.k, as_keys(new_k_BTKH))
+    v = jax.tree.map(functools.partial(_put, positions_BT, 2), past.v, as_values(new_v_BTKH))
+    return LayerCache(k, v, True)
 
-        def put_k(k_BKHS: jax.Array, new: jax.Array) -> jax.Array:
-            return k_BKHS.at[rows_B, :, :, slots_B].set(new[:, 0], mode="drop", unique_indices=True)
 
-        def put_v(v_BKSH: jax.Array, new: jax.Array) -> jax.Array:
-            return v_BKSH.at[rows_B, :, slots_B].set(new[:, 0], mode="drop", unique_indices=True)
+def write(past: LayerCache, new_k_BTKH: Entries, new_v_BTKH: Entries, positions_BT: jax.Array) -> LayerCache:
+    """The same for a cache that is not split: before attention reads it."""
 
-        return jax.tree.map(put_k, past[0], new_k_BTKH), jax.tree.map(put_v, past[1], new_v_BTKH)
+    def put(old: Entries, new: Entries) -> Entries:
+        if not isinstance(old, Rounded) or not isinstance(new, Rounded):
+            return _put(positions_BT, 2, old, as_values(new))
+        values = _put(positions_BT, 2, old.values, new.values.swapaxes(1, 2))
+        return Rounded(values, _put(positions_BT, 3, old.scale, _slots_last(new.scale)))
 
-    def put(old: Entries, new: Entries, axis: int) -> Entries:
-        start = positions_BT[0, 0]
-        return jax.tree.map(lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n, start, axis), old, new)
+    return LayerCache(put(past.k, new_k_BTKH), put(past.v, new_v_BTKH), False)
 
-    return put(past[0], as_keys(new_k_BTKH), 3), put(past[1], as_values(new_v_BTKH), 2)
+
+def _put(positions_BT: jax.Array, axis: int, old: jax.Array, new: jax.Array) -> jax.Array:
+    """old with `new` at the slots of these positions. axis: the slots'."""
+    batch, length = positions_BT.shape
+    if length > 1 or batch == 1:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, positions_BT[0, 0], axis)
+    where = (jnp.arange(batch), *(slice(None),) * (axis - 1), positions_BT[:, 0])
+    return old.at[where].set(new.squeeze(axis), mode="drop", unique_indices=True)

@@ -102,7 +102,7 @@ class Lowering:
         self.slots = -(-max_len // self.chunks[-1]) * self.chunks[-1]
         self._batch, self._sharded = batch, (sharded := _Shardings(cfg, mesh))
         self._decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
-        self._make_state = functools.partial(_start, cfg, batch, self.slots)
+        self._make_state = functools.partial(_start, cfg, batch, self.slots, sharded.on_cpu)
         self._state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state())
         self._params = sharded.abstract(params, sharded.params(params))
         self._how = jax.eval_shape(lambda: as_arrays(Sampling(), frozenset()))
@@ -140,6 +140,11 @@ class _Shardings:
     cfg: ModelConfig
     mesh: Mesh | None
 
+    @property
+    def on_cpu(self) -> bool:
+        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        return platform == "cpu"
+
     def params(self, params: Params) -> Any:
         return None if self.mesh is None else shard.param_shardings(self.cfg, params, self.mesh)
 
@@ -150,7 +155,8 @@ class _Shardings:
         if self.mesh is None:
             return None
         row = self.batch(1)
-        return State(shard.cache_shardings(self.cfg, self.mesh), row, row, row, row, self.batch(2))
+        cache = shard.cache_shardings(self.cfg, self.mesh, self.on_cpu)
+        return State(cache, row, row, row, row, self.batch(2))
 
     def constrain(self, x_BTD: jax.Array) -> jax.Array:
         """Pins the residual stream; left free, propagation splits it and pays with collectives."""
@@ -163,11 +169,11 @@ class _Shardings:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def _start(cfg: ModelConfig, batch: int, slots: int) -> State:
+def _start(cfg: ModelConfig, batch: int, slots: int, on_cpu: bool) -> State:
     def zeros(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
         return jnp.zeros((batch, *shape), dtype)  # a buffer each: all are donated
 
-    cache = init_cache(cfg, batch, slots)
+    cache = init_cache(cfg, batch, slots, split=on_cpu)
     return State(cache, zeros(), zeros(), zeros(), zeros(dtype=bool), zeros(cfg.vocab_size, dtype=bool))
 
 

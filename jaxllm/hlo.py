@@ -281,12 +281,11 @@ def _cost_of(module: Module, i: Instruction, body: Computation) -> Cost:
         source = body[i.operands[0]].shapes[0]
         moved = to.memory_bytes() + source.memory_bytes(to.size)
         return Cost(moved, moved if not to.space else 0, cycles=i.cycles)  # onto the chip it is a read that had to be
-    inner = _inside(module, i)
     moved = 0
     for position, name in enumerate(i.operands):
         operand = body.get(name)
         if operand and len(operand.shapes) == 1:
-            touched = _touched(module, inner, position) if inner else _touched_by(module, i, position)
+            touched = _touched_by(module, i, position)
             moved += operand.shapes[0].memory_bytes(touched)
     moved += sum(shape.memory_bytes(size) for shape, size in _written(module, i, body))
     flops, int8_flops = _flops(module, i, body)
@@ -316,35 +315,45 @@ def _inside(module: Module, i: Instruction) -> Computation:
 
 
 def _touched(module: Module, body: Computation, position: int) -> int | None:
-    """How many elements of a fusion's operand are read or replaced; None for all."""
+    """How many elements of a fusion's operand are read; None for all."""
     parameter = parameters(body).get(position)
-    return None if parameter is None else _touched_through(module, body, parameter.name)
+    return None if parameter is None else _read_through(module, body, parameter.name)
 
 
-def _touched_through(module: Module, body: Computation, name: str) -> int | None:
+def _read_through(module: Module, body: Computation, name: str) -> int | None:
     total = 0
     for user in body.values():
         for position, operand in enumerate(user.operands):
-            if operand != name or user.op == "parameter":
+            if operand != name or user.op in ("parameter", "tuple"):
                 continue
-            if user.op in ("bitcast", "tuple"):
-                part = _touched_through(module, body, user.name) if user.op == "bitcast" else 0
-            elif inner := _inside(module, user):
-                part = _touched(module, inner, position)
-            else:
-                part = _touched_by(module, user, position, body)
+            part = _touched_by(module, user, position)
+            if part is not None and _passes_on(module, user, position):
+                rest = _read_through(module, body, user.name)
+                part = None if rest is None else part + rest
             if part is None:
                 return None
             total += part
     return total
 
 
-def _touched_by(module: Module, i: Instruction, position: int, body: Computation | None = None) -> int | None:
-    if position == 0 and i.op in _SLICES:
-        return i.shapes[0].size
-    if position == 0 and i.op in _UPDATES:
+def _touched_by(module: Module, i: Instruction, position: int) -> int | None:
+    """How many elements of an operand an instruction reads; None for all."""
+    if inner := _inside(module, i):
+        return _touched(module, inner, position)
+    if i.op == "bitcast" or (position == 0 and i.op in _UPDATES):
         return 0  # what is replaced is written, and counted there
-    return None
+    return i.shapes[0].size if position == 0 and i.op in _SLICES else None
+
+
+def _passes_on(module: Module, i: Instruction, position: int) -> bool:
+    """Whether the result is that operand's memory, so that who reads it reads the operand."""
+    inner = _inside(module, i)
+    if not inner:
+        return i.op == "bitcast" or (position == 0 and i.op in _UPDATES)
+    at, parameter = list(inner.values())[-1], parameters(inner).get(position)
+    while at.operands and at.op != "parameter" and _passes_on(module, at, 0):
+        at = inner[at.operands[0]]
+    return parameter is not None and at.name == parameter.name
 
 
 def _written(module: Module, i: Instruction, body: Computation) -> Iterator[tuple[Shape, int | None]]:

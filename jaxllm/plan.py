@@ -77,7 +77,7 @@ class Program:
             along(self.program_bytes, other.program_bytes),
             self.low + (other.low + self.low * -1) * times,
             self.high + (other.high + self.high * -1) * times,
-            self.compile_s + other.compile_s,
+            self.compile_s + (other.compile_s if other is not self else 0.0),
         )
 
 
@@ -169,15 +169,18 @@ def predict(
     reason = ""
     programs: dict[str, Program] = {}
     for kind in ("step", "prefill"):
-        made = [_compiled(dataclasses.replace(cfg, num_layers=layers), case, kind) for layers in few]
-        if refused := next((one for one in made if isinstance(one, str)), ""):
-            reason = reason or refused
+        made: list[Program] = []
+        for layers in few:
+            one = _compiled(dataclasses.replace(cfg, num_layers=layers), case, kind)
+            if isinstance(one, Program):
+                made.append(one)
+            else:
+                reason = reason or one
+        if len(made) < len(few):
             programs[kind] = Program(math.nan, math.nan, 0.0, hlo.Cost(), hlo.Cost(), 0.0)
-        elif len(made) == 1:
-            programs[kind] = made[0]
         else:
-            times = (cfg.num_layers - few[0]) / (few[1] - few[0])
-            programs[kind] = made[0].extend(made[1], times)
+            times = (cfg.num_layers - few[0]) / (few[-1] - few[0]) if len(few) > 1 else 0.0
+            programs[kind] = made[0].extend(made[-1], times)
     return _candidate(cfg, case, programs, reason, prompt_tokens, price, few[-1])
 
 
@@ -200,7 +203,7 @@ def _candidate(
     chunks = math.ceil(prompt_tokens / CHUNKS[-1])
     first_low, first_high, _ = interval(prefill, case.target)
     rates = sorted((case.batch / high if high else 0.0, case.batch / low if low else 0.0))
-    costs = [None, None]
+    costs: list[float | None] = [None, None]
     if price is not None and rates[0]:
         costs = [price * case.target.chips / 3600 / rate * 1e6 for rate in reversed(rates)]
     weights = _weight_bytes(cfg, case)
@@ -316,7 +319,8 @@ def _too_large(message: str) -> str:
 
 
 def _from_json(stored: dict[str, Any]) -> Program:
-    return Program(**(stored | {end: hlo.Cost(**stored[end]) for end in ("low", "high")}))
+    costs: dict[str, Any] = {end: hlo.Cost(**stored[end]) for end in ("low", "high")}
+    return Program(**(stored | costs))
 
 
 def _key(cfg: ModelConfig, case: Case, kind: str) -> str:

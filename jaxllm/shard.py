@@ -97,8 +97,7 @@ def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
     return NamedSharding(mesh, P(RULES["batch"], *(None,) * (rank - 1)))
 
 
-def cache_shardings(cfg: ModelConfig, mesh: Mesh) -> KVCache:
-    k = NamedSharding(mesh, P(RULES["batch"], RULES["kv_heads"], RULES["head_dim"], None))
-    v = NamedSharding(mesh, P(RULES["batch"], RULES["kv_heads"], None, RULES["head_dim"]))
-    abstract = jax.eval_shape(lambda: init_cache(cfg, 1, 1))
-    return KVCache(jax.tree.map(lambda _: k, abstract.k), jax.tree.map(lambda _: v, abstract.v))
+def cache_shardings(cfg: ModelConfig, mesh: Mesh, split: bool) -> KVCache:
+    """split: as of the cache."""
+    by_head = NamedSharding(mesh, P(RULES["batch"], RULES["kv_heads"]))
+    return jax.tree.map(lambda _: by_head, jax.eval_shape(lambda: init_cache(cfg, 1, 1, split)))

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxllm import cache as kv
-from jaxllm.cache import Entries, KVCache
+from jaxllm.cache import KVCache, LayerCache
 from jaxllm.config import ModelConfig
-from jaxllm.models.layers import Einsum, Embed, RMSNorm, attend, rope, rope_frequencies
-
-LayerCache = tuple[Entries, Entries]  # k [B, K, H, S] and v [B, K, S, H]
+from jaxllm.models.layers import Einsum, Embed, RMSNorm, attend, past_part, present_part, rope, rope_frequencies
 
 
 class Attention(nn.Module):
@@ -38,9 +36,15 @@ class Attention(nn.Module):
         if c.kv_dtype == "int8":  # this call's as well, so that a token's answer does not depend on how calls are cut
             k_BTKH, v_BTKH = kv.round_int8(k_BTKH), kv.round_int8(v_BTKH)
 
-        y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, cache, c.sliding_window)
-        if cache is not None:
-            cache = kv.write(cache, k_BTKH, v_BTKH, positions_BT, after_BTNH=y_BTNH)
+        if cache is None:
+            y_BTNH = attend(q_BTNH, [present_part(k_BTKH, v_BTKH, positions_BT)], positions_BT, c.sliding_window)
+        elif cache.split:
+            parts = [present_part(k_BTKH, v_BTKH, positions_BT), past_part(cache, positions_BT)]
+            y_BTNH = attend(q_BTNH, parts, positions_BT, c.sliding_window)
+            cache = kv.write_split(cache, k_BTKH, v_BTKH, positions_BT, after_BTNH=y_BTNH)
+        else:
+            cache = kv.write(cache, k_BTKH, v_BTKH, positions_BT)
+            y_BTNH = attend(q_BTNH, [past_part(cache, positions_BT)], positions_BT, c.sliding_window)
         o_axes = ("embed", "heads", "head_dim")
         return Einsum("BTNH,DNH->BTD", (D, N, H), o_axes, c.dtype, name="o")(y_BTNH), cache
 
@@ -109,14 +113,16 @@ class Decoder(nn.Module):
         caches: list[LayerCache] = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
-                layer_cache = None if cache is None else (cache.k[i], cache.v[i])
+                layer_cache = None if cache is None else LayerCache(cache.k[i], cache.v[i], cache.split)
                 x_BTD, layer_cache = layer(x_BTD, positions_BT, layer_cache)
                 x_BTD = self.constrain(x_BTD)
             if layer_cache is not None:
                 caches.append(layer_cache)
         if last_B is not None:
             x_BTD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
-        return self.predict(x_BTD), None if cache is None else KVCache(*zip(*caches, strict=True))
+        if cache is not None:
+            cache = KVCache(tuple(layer.k for layer in caches), tuple(layer.v for layer in caches), cache.split)
+        return self.predict(x_BTD), cache
 
     def predict(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] from what the last layer gave."""

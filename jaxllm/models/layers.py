@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jaxllm import arrays
-from jaxllm.cache import Entries, Rounded, as_keys, as_values
+from jaxllm.cache import Entries, LayerCache, Rounded, as_keys, as_values
 from jaxllm.config import LinearRope, Llama3Rope
 from jaxllm.params import boxed
 
@@ -90,63 +92,81 @@ def rope(x_BTNH: jax.Array, positions_BT: jax.Array, freq_h: jax.Array) -> jax.A
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 
 
-def attend(
-    q_BTNH: jax.Array,
-    k_BTKH: Entries,
-    v_BTKH: Entries,
-    positions_BT: jax.Array,
-    past: tuple[Entries, Entries] | None,
-    window: int | None,
-) -> jax.Array:
-    """Causal grouped-query attention to this call's tokens and to those before them: [B, T, N, H]. Softmax in float32.
+class Part(NamedTuple):
+    """Keys and values that a call attends to.
 
-    past: k [B, K, H, S] and v [B, K, S, H] as they were before this call; slot s is position s, and those from the
-        call's first position on are not looked at. Leaving this call's keys out lets the compiler write them in place:
-        a cache that is written and then read comes out of XLA as two copies.
+    k: [B, K, H, S], or [B, K, S, H] unless slots_last. v: [B, K, S, H]. at_BS: their positions.
+    seen_BTS: whether a query sees them, but for the window.
+    """
+
+    k: Entries
+    v: Entries
+    slots_last: bool
+    at_BS: jax.Array
+    seen_BTS: jax.Array
+
+
+def present_part(k_BTKH: Entries, v_BTKH: Entries, positions_BT: jax.Array) -> Part:
+    """This call's own."""
+    causal_BTS = positions_BT[:, :, None] >= positions_BT[:, None]
+    return Part(as_keys(k_BTKH), as_values(v_BTKH), True, positions_BT, causal_BTS)
+
+
+def past_part(cache: LayerCache, positions_BT: jax.Array) -> Part:
+    """The cache's: those before this call where it is split, else up to each query's position."""
+    batch, length = positions_BT.shape
+    slots = jax.tree.leaves(cache.v)[0].shape[2]
+    slots_BS = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
+    end_BT1 = positions_BT[:, :1, None] if cache.split else positions_BT[:, :, None] + 1
+    seen_BTS = jnp.broadcast_to(slots_BS[:, None] < end_BT1, (batch, length, slots))
+    return Part(cache.k, cache.v, cache.split, slots_BS, seen_BTS)
+
+
+def attend(q_BTNH: jax.Array, parts: Sequence[Part], positions_BT: jax.Array, window: int | None) -> jax.Array:
+    """Causal grouped-query attention: [B, T, N, H]. Softmax in float32.
+
     window: how many positions back a query looks, itself included; None for all.
     """
     B, T, N, H = q_BTNH.shape
-    K = jax.tree.leaves(k_BTKH)[0].shape[2]
+    K = jax.tree.leaves(parts[0].v)[0].shape[1]
     q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    # Each part: keys, values, the positions they are of, and whether a query sees them, but for the window.
-    causal_BTS = positions_BT[:, :, None] >= positions_BT[:, None]
-    parts = [(as_keys(k_BTKH), as_values(v_BTKH), positions_BT, causal_BTS)]
-    if past is not None:
-        slots = jax.tree.leaves(past[1])[0].shape[2]
-        slots_BS = jnp.broadcast_to(jnp.arange(slots), (B, slots))
-        before_BTS = jnp.broadcast_to(slots_BS[:, None] < positions_BT[:, :1, None], (B, T, slots))
-        parts.append((*past, slots_BS, before_BTS))
-
     scores = []
-    for k_BKHS, _, at_BS, seen_BTS in parts:
+    for part in parts:
+        seen_BTS = part.seen_BTS
         if window is not None:
-            seen_BTS &= positions_BT[:, :, None] - at_BS[:, None] < window
-        scores_BKGTS = _score(q_BKGTH, k_BKHS) * H**-0.5
+            seen_BTS &= positions_BT[:, :, None] - part.at_BS[:, None] < window
+        scores_BKGTS = _score(q_BKGTH, part.k, part.slots_last) * H**-0.5
         scores.append(jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf))
 
     # One softmax over all parts, each summed where it is: joining them would copy the past.
     highest = functools.reduce(jnp.maximum, (jnp.max(part, axis=-1, keepdims=True) for part in scores))
     total, y_BKGTH = jnp.zeros_like(highest), jnp.zeros(q_BKGTH.shape, jnp.float32)
-    for scores_BKGTS, (_, v_BKSH, _, _) in zip(scores, parts, strict=True):
+    for scores_BKGTS, part in zip(scores, parts, strict=True):
         weights = jnp.exp(scores_BKGTS - highest)
         total += jnp.sum(weights, axis=-1, keepdims=True)
-        y_BKGTH += _mix(weights, v_BKSH, q_BTNH.dtype)
+        y_BKGTH += _mix(weights, part.v, q_BTNH.dtype)
     y_BKGTH = (y_BKGTH / total).astype(q_BTNH.dtype)
     return y_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def _score(q_BKGTH: jax.Array, k_BKHS: Entries) -> jax.Array:
+def _score(q_BKGTH: jax.Array, k: Entries, slots_last: bool) -> jax.Array:
     """float32 q·k. The scales of int8 keys multiply the result, never the cache."""
-    keys = _as_float(k_BKHS.values, q_BKGTH) if isinstance(k_BKHS, Rounded) else k_BKHS
-    scores_BKGTS = jnp.einsum("BKGTH,BKHS->BKGTS", q_BKGTH, keys, preferred_element_type=jnp.float32)
-    return scores_BKGTS * k_BKHS.scale[:, :, None] if isinstance(k_BKHS, Rounded) else scores_BKGTS
+    keys = _as_float(k.values, q_BKGTH) if isinstance(k, Rounded) else k
+    eqn = "BKGTH,BKHS->BKGTS" if slots_last else "BKGTH,BKSH->BKGTS"
+    scores_BKGTS = jnp.einsum(eqn, q_BKGTH, keys, preferred_element_type=jnp.float32)
+    return scores_BKGTS * _scale_by_slot(k) if isinstance(k, Rounded) else scores_BKGTS
+
+
+def _scale_by_slot(rounded: Rounded) -> jax.Array:
+    """[B, K, 1, 1, S]."""
+    return rounded.scale.reshape(*rounded.scale.shape[:2], 1, 1, -1)
 
 
 def _mix(weights_BKGTS: jax.Array, v_BKSH: Entries, dtype: DTypeLike) -> jax.Array:
     """float32 sums of values. The scales of int8 values multiply the weights."""
     values = v_BKSH
     if isinstance(v_BKSH, Rounded):
-        weights_BKGTS *= v_BKSH.scale.swapaxes(2, 3)[:, :, None]
+        weights_BKGTS *= _scale_by_slot(v_BKSH)
         values = _as_float(v_BKSH.values, weights_BKGTS.astype(dtype))
     return jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(dtype), values, preferred_element_type=jnp.float32)
 
