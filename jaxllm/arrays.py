@@ -111,10 +111,14 @@ def einsum(eqn: str, x: jax.Array, w: Weight | Tap, dtype: DTypeLike | None = No
     contracted = num_contracted(eqn)
     if x.shape[x.ndim - contracted :] != w.shape[len(w.shape) - contracted :]:
         raise ValueError(f"einsum {eqn!r}: {x.shape} does not contract with {w.shape}.")
+    out = jnp.dtype(dtype or x.dtype)
     y = lax.platform_dependent(
-        x, w, cpu=functools.partial(_contract_cpu, contracted), default=functools.partial(_contract, contracted)
+        x,
+        w,
+        cpu=functools.partial(_contract_cpu, contracted),
+        default=functools.partial(_contract, contracted, out=out),
     )
-    return y.astype(dtype or x.dtype)
+    return y.astype(out)
 
 
 def num_contracted(eqn: str) -> int:
@@ -130,23 +134,28 @@ def num_contracted(eqn: str) -> int:
     return len(contracted)
 
 
-def _contract(contracted: int, x: jax.Array, w: Weight) -> jax.Array:
-    """[b..., K...] and [n..., K...] to float32 [b..., n...]. A TPU's matmul takes the int8 values as they are."""
+def _contract(contracted: int, x: jax.Array, w: Weight, out: DTypeLike = jnp.float32) -> jax.Array:
+    """[b..., K...] and [n..., K...] to float32 [b..., n...]. A TPU's matmul takes the int8 values as they are.
+
+    out: of the matmul alone, which accumulates in float32 in any case. In bfloat16, what chips add up among themselves
+        is half as much.
+    """
     if not isinstance(w, QArray):
         axes = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(w.ndim - contracted, w.ndim))
-        return lax.dot_general(x, w, (axes, ((), ())), preferred_element_type=jnp.float32)
+        return lax.dot_general(x, w, (axes, ((), ())), preferred_element_type=out).astype(jnp.float32)
     batch, kept = x.shape[: x.ndim - contracted], w.shape[: len(w.shape) - contracted]
     x_MK, flat = x.reshape(math.prod(batch), -1), _flat(w)
     if w.int8_inputs:
         return _int8_dot(x_MK, flat).reshape(*batch, *kept)
     if w.groups == 1:
-        y_MN = _dot(x_MK, flat.values.astype(x.dtype)) * _row(flat.scale)
+        y_MN = _dot(x_MK, flat.values.astype(x.dtype), out).astype(jnp.float32) * _row(flat.scale)
         return _shift(y_MN, x_MK, flat).reshape(*batch, *kept)
     # The scale multiplies each group's partial sum: scaling the weight would write a float copy of it.
     x_GMg = x_MK.reshape(x_MK.shape[0], w.groups, -1).transpose(1, 0, 2)
     values_NGg = flat.values.reshape(flat.shape[0], w.groups, -1).astype(x.dtype)
     y_GMN = lax.dot_general(x_GMg, values_NGg, (((2,), (2,)), ((0,), (1,))), preferred_element_type=jnp.float32)
-    y_MN = jnp.einsum("GMN,NG->MN", y_GMN, flat.scale.astype(jnp.float32))
+    scale_NG = flat.scale.astype(jnp.float32)
+    y_MN = jnp.einsum("GMN,NG->MN", y_GMN, scale_NG, preferred_element_type=out).astype(jnp.float32)
     return _shift(y_MN, x_MK, flat).reshape(*batch, *kept)
 
 
@@ -169,7 +178,7 @@ def _shift(y_MN: jax.Array, x_MK: jax.Array, w: QArray) -> jax.Array:
     return y_MN - _dot(sums_MG, w.zero_point.astype(jnp.float32) * w.scale.astype(jnp.float32))
 
 
-def _dot(x_MK: jax.Array, w_NK: jax.Array, out: type = jnp.float32) -> jax.Array:
+def _dot(x_MK: jax.Array, w_NK: jax.Array, out: DTypeLike = jnp.float32) -> jax.Array:
     return lax.dot_general(x_MK, w_NK, (((1,), (1,)), ((), ())), preferred_element_type=out)
 
 
