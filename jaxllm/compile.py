@@ -64,20 +64,26 @@ def use_compilation_cache() -> None:
 
 
 def compile_programs(
-    cfg: ModelConfig, params: Params, batch: int, max_len: int, mesh: Mesh | None = None, steps: int = STEPS
+    cfg: ModelConfig,
+    params: Params,
+    batch: int,
+    max_len: int,
+    mesh: Mesh | None = None,
+    steps: int = STEPS,
+    rules: shard.Rules = shard.RULES,
 ) -> Programs:
     """Compiles prefill, in chunks of several lengths, and decode.
 
     params: the weights or their jax.ShapeDtypeStruct.
     max_len: tokens of prompt and answer together that a row can hold; rounded up to whole chunks.
-    mesh: None for the default device.
+    mesh: None for the default device. rules: which of its axes split what.
 
     Raises ValueError when the mesh does not divide a dimension of the model.
     """
     if not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps is {steps!r}; expected a positive integer.")
     use_compilation_cache()
-    lower = Lowering(cfg, params, batch, max_len, mesh)
+    lower = Lowering(cfg, params, batch, max_len, mesh, rules)
     lowered: dict[Any, Any] = {"start": lower.start(), "decode": lower.decode(steps)}
     lowered |= {chunk: lower.prefill(chunk) for chunk in lower.chunks}
     with ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
@@ -89,22 +95,31 @@ def compile_programs(
 class Lowering:
     """A model's programs, traced for a batch, length and mesh: each method returns one, to be compiled.
 
-    Arguments and errors as of `compile_programs`. The mesh's devices need not be at hand.
+    Arguments and errors as of `compile_programs`. The mesh's devices need not be at hand. params and state: shapes and
+    shardings of the first two arguments of all programs but `start`.
     """
 
-    def __init__(self, cfg: ModelConfig, params: Params, batch: int, max_len: int, mesh: Mesh | None):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        params: Params,
+        batch: int,
+        max_len: int,
+        mesh: Mesh | None,
+        rules: shard.Rules = shard.RULES,
+    ):
         for name, value in {"batch": batch, "max_len": max_len}.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a positive integer.")
         if mesh is not None:
-            shard.check_mesh(cfg, mesh, batch)
+            shard.check_mesh(cfg, mesh, batch, rules)
         self.chunks = [size for size in CHUNKS if size < max_len] or [CHUNKS[0]]
         self.slots = -(-max_len // self.chunks[-1]) * self.chunks[-1]
-        self._batch, self._sharded = batch, (sharded := _Shardings(cfg, mesh))
+        self._batch, self._sharded = batch, (sharded := _Shardings(cfg, mesh, rules))
         self._decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
         self._make_state = functools.partial(_start, cfg, batch, self.slots, sharded.on_cpu)
-        self._state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state())
-        self._params = sharded.abstract(params, sharded.params(params))
+        self.state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state())
+        self.params = sharded.abstract(params, sharded.params(params))
         self._how = jax.eval_shape(lambda: as_arrays(Sampling(), frozenset()))
         self._number = jax.ShapeDtypeStruct((), jnp.int32)
 
@@ -117,16 +132,16 @@ class Lowering:
             for shape in ((self._batch, chunk), (self._batch,))
         )
         prefill = self._jit(functools.partial(_prefill, self._decoder), rank=1)
-        return prefill.lower(self._params, self._state, tokens, self._number, lengths, lengths, self._how)
+        return prefill.lower(self.params, self.state, tokens, self._number, lengths, lengths, self._how)
 
     def decode(self, steps: int) -> Any:
         decode = self._jit(functools.partial(_decode, self._decoder, steps), rank=2)
-        return decode.lower(self._params, self._state, self._number, self._how)
+        return decode.lower(self.params, self.state, self._number, self._how)
 
     def step(self) -> Any:
         """One decode step without the loop around it: what `decode` does over and over."""
         step = self._jit(functools.partial(_step, self._decoder), rank=1)
-        return step.lower(self._params, self._state, self._how)
+        return step.lower(self.params, self.state, self._how)
 
     def _jit(self, program: Callable[..., Any], rank: int) -> Any:
         """rank: of the tokens that it gives, beside the state."""
@@ -139,6 +154,7 @@ class _Shardings:
 
     cfg: ModelConfig
     mesh: Mesh | None
+    rules: shard.Rules = dataclasses.field(hash=False)
 
     @property
     def on_cpu(self) -> bool:
@@ -146,21 +162,22 @@ class _Shardings:
         return platform == "cpu"
 
     def params(self, params: Params) -> Any:
-        return None if self.mesh is None else shard.param_shardings(self.cfg, params, self.mesh)
+        return None if self.mesh is None else shard.param_shardings(self.cfg, params, self.mesh, self.rules)
 
     def batch(self, rank: int) -> Any:
-        return None if self.mesh is None else shard.batch_sharding(self.mesh, rank)
+        return None if self.mesh is None else shard.sharding(self.mesh, self.rules, "batch", *(None,) * (rank - 1))
 
     def state(self) -> Any:
         if self.mesh is None:
             return None
         row = self.batch(1)
-        cache = shard.cache_shardings(self.cfg, self.mesh, self.on_cpu)
+        cache = shard.cache_shardings(self.cfg, self.mesh, self.on_cpu, self.rules)
         return State(cache, row, row, row, row, self.batch(2))
 
-    def constrain(self, x_BTD: jax.Array) -> jax.Array:
-        """Pins the residual stream; left free, propagation splits it and pays with collectives."""
-        return lax.with_sharding_constraint(x_BTD, self.batch(3))
+    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        """Pins an array with these logical axes; left free, propagation may split it and pay with collectives."""
+        assert self.mesh is not None
+        return lax.with_sharding_constraint(x, shard.sharding(self.mesh, self.rules, *axes))
 
     def abstract(self, tree: Any, shardings: Any) -> Any:
         """The shapes and types of `tree`, with these shardings where there is a mesh."""

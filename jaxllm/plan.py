@@ -42,12 +42,13 @@ HOP_S = 1e-6  # from a chip to its neighbour: what a small collective waits for;
 class Case:
     """What is planned. format: of the weights, as for `quantize`; None for the config's dtype.
 
-    data, model: the mesh. kv_dtype: "int8" or None. batch: sequences in all. context: tokens of each.
+    data, model, share: the mesh. kv_dtype: "int8" or None. batch: sequences in all. context: tokens of each.
     """
 
     target: Target
     data: int
     model: int
+    share: int
     format: str | None
     kv_dtype: str | None
     batch: int
@@ -127,16 +128,21 @@ class Candidate:
     layers: tuple[int, int]
 
 
-def meshes(cfg: ModelConfig, target: Target, batch: int) -> Iterator[tuple[int, int]]:
-    """(data, model) of the meshes of all of a slice's devices that divide the model and the batch."""
-    count = len(target.devices())
-    for model in range(count, 0, -1):
-        if count % model == 0:
+def meshes(cfg: ModelConfig, target: Target, batch: int) -> Iterator[tuple[int, int, int]]:
+    """(data, model, share) of the meshes of all of a slice's devices that divide the model and the batch.
+
+    Of those with as many devices a copy, only that in which the fewest share KV heads.
+    """
+    devices = target.devices()
+    for copy in (n for n in range(len(devices), 0, -1) if len(devices) % n == 0):
+        for share in (n for n in range(1, copy + 1) if copy % n == 0):
             try:
-                shard.check_mesh(cfg, shard.make_mesh(count // model, model, target.devices()), batch)
+                sizes = len(devices) // copy, copy // share, share
+                shard.check_mesh(cfg, shard.make_mesh(*sizes, devices=devices), batch)
             except ValueError:
                 continue
-            yield count // model, model
+            yield sizes
+            break
 
 
 def abstract_params(cfg: ModelConfig, format: str | None) -> Params:
@@ -212,7 +218,7 @@ def _candidate(
     return Candidate(
         target=str(case.target),
         chips=case.target.chips,
-        mesh={"data": case.data, "model": case.model},
+        mesh={"data": case.data, "model": case.model, "share": case.share},
         quantize=case.format,
         kv_dtype=cfg.kv_dtype,
         batch=case.batch,
@@ -265,7 +271,7 @@ def interval(program: Program, target: Target) -> tuple[float, float, str]:
 
 def _weight_bytes(cfg: ModelConfig, case: Case) -> float:
     """Of one device."""
-    mesh = shard.make_mesh(case.data, case.model, case.target.devices())
+    mesh = shard.make_mesh(case.data, case.model, case.share, devices=case.target.devices())
     params = abstract_params(cfg, case.format)
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shard.param_shardings(cfg, params, mesh)), strict=True)
     return sum(
@@ -286,7 +292,7 @@ def _compiled(cfg: ModelConfig, case: Case, kind: str) -> Program | str:
         return stored if isinstance(stored, str) else _from_json(stored)
     _log.info("plan: compiling %s of %d layers for %s, batch %d", kind, cfg.num_layers, case.target, case.batch)
     began = time.perf_counter()
-    mesh = shard.make_mesh(case.data, case.model, case.target.devices())
+    mesh = shard.make_mesh(case.data, case.model, case.share, devices=case.target.devices())
     lower = Lowering(cfg, abstract_params(cfg, case.format), case.batch, case.context, mesh)
     lowered = lower.step() if kind == "step" else lower.prefill(lower.chunks[-1])
     try:
@@ -353,8 +359,8 @@ def sweep(
         for format in formats:
             for batch in batches:
                 for context in contexts:
-                    for data, model in meshes(cfg, target, batch):
-                        case = Case(target, data, model, format, kv_dtype, batch, context)
+                    for mesh in meshes(cfg, target, batch):
+                        case = Case(target, *mesh, format, kv_dtype, batch, context)
                         yield predict(cfg, case, prompt_tokens, price, exact)
 
 

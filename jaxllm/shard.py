@@ -13,91 +13,115 @@ from jax.sharding import PartitionSpec as P
 
 from jaxllm.arrays import QArray
 from jaxllm.cache import KVCache, init_cache
-from jaxllm.config import WIDTHS, ModelConfig
+from jaxllm.config import ModelConfig
 from jaxllm.lm import param_info
 from jaxllm.params import Params, flatten, unflatten
 
-AXES = ("data", "model")
+AXES = ("data", "model", "share")
+Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # Tensor parallelism (Shoeybi et al. 2019): the first matmul of each pair is split by its outputs and the second by its
-# inputs, so that a block needs one sum over chips after attention and one after the feed-forward.
-RULES: Mapping[str, str | None] = {
+# inputs, so that a block needs one sum over chips after attention and one after the feed-forward. Where there are more
+# chips than KV heads, those along "share" have the same KV heads, each with query heads of its own.
+RULES: Rules = {
     "batch": "data",
-    "vocab": "model",
-    "heads": "model",
+    "vocab": ("model", "share"),
+    "heads": ("model", "share"),
     "kv_heads": "model",
-    "ffw": "model",
+    "ffw": ("model", "share"),
     "head_dim": None,
     "embed": None,
+    "slots": None,
 }
+# The cache of chips that share KV heads is split by its slots, instead of each holding all of it.
+SEQUENCE_PARALLEL: Rules = {**RULES, "slots": "share"}
+# Weights are split over the batch's chips as well (Rajbhandari et al. 2020), and gathered where they are used.
+FULLY_SHARDED: Rules = {**RULES, "embed": "data"}
 
 
-def make_mesh(data: int = 1, model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of data × model devices with axes "data" and "model", the compiler choosing inner shardings (Auto).
+def make_mesh(data: int = 1, model: int = 1, share: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of data x model x share devices, with axes of these names; the compiler chooses inner shardings (Auto).
 
+    data: over how many the batch is split. model x share: over how many a copy of the model is. share: of these, how
+        many have the same KV heads; for models with fewer of them than there are devices.
     Raises ValueError when there are fewer devices than that.
     """
     devices = jax.devices() if devices is None else devices
-    need = data * model
-    if data < 1 or model < 1 or len(devices) < need:
+    sizes = {"data": data, "model": model, "share": share}
+    need = math.prod(sizes.values())
+    if min(sizes.values()) < 1 or len(devices) < need:
         raise ValueError(
-            f"A mesh of data={data} x model={model} needs {max(need, 1)} devices; there are {len(devices)} "
-            f"({devices[0].device_kind if devices else 'none'}). Choose a smaller mesh."
+            f"A mesh of {' x '.join(f'{name}={size}' for name, size in sizes.items())} needs {max(need, 1)} devices; "
+            f"there are {len(devices)} ({devices[0].device_kind if devices else 'none'}). Choose a smaller mesh."
         )
     # AxisType.Auto is said outright: jax.make_mesh's default has changed between releases.
-    return Mesh(np.array(devices[:need]).reshape(data, model), AXES, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(np.array(devices[:need]).reshape(data, model, share), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_mesh(cfg: ModelConfig, mesh: Mesh, batch: int) -> None:
+def check_mesh(cfg: ModelConfig, mesh: Mesh, batch: int, rules: Rules = RULES) -> None:
     """Raises ValueError when the mesh does not divide a sharded dimension, naming the sizes that would."""
     if tuple(mesh.axis_names) != AXES:
         raise ValueError(f"The mesh has axes {mesh.axis_names}; expected {AXES}. jaxllm.make_mesh makes one.")
     sizes = {
-        "batch": batch,
-        "vocab_size": cfg.vocab_size,
-        **{name: math.gcd(*cfg.widths(name)) for name in WIDTHS},
+        ("batch", "batch"): batch,
+        ("vocab_size", "vocab"): cfg.vocab_size,
+        ("embed_dim", "embed"): cfg.embed_dim,
+        ("num_kv_heads", "kv_heads"): math.gcd(*cfg.widths("num_kv_heads")),
+        ("num_heads", "heads"): math.gcd(*cfg.widths("num_heads")),
+        ("ffw_dim", "ffw"): math.gcd(*cfg.widths("ffw_dim")),
     }
-    data, model = mesh.shape["data"], mesh.shape["model"]
-    for name, size in sizes.items():
-        axis, chips = ("data", data) if name == "batch" else ("model", model)
-        if size % chips:
-            common = size if name == "batch" else math.gcd(*(v for k, v in sizes.items() if k != "batch"))
+    for (name, logical), size in sizes.items():
+        axes = _axes(rules[logical])
+        if size % (chips := math.prod(mesh.shape[axis] for axis in axes)):
+            split = [key for key in sizes if _axes(rules[key[1]])[:1] == axes[:1]]
+            common = math.gcd(*(sizes[key] for key in split))
             fits = [n for n in range(1, common + 1) if common % n == 0]
+            over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
+            more = " More chips may share KV heads: make_mesh(share=...)." if logical == "kv_heads" else ""
             raise ValueError(
-                f"{name}={size} does not divide over the mesh's {axis}={chips} devices. {axis} may be one of {fits}."
+                f"{name}={size} does not divide over the mesh's {over} ({chips} devices). "
+                f"{axes[0]} may be one of {fits}.{more}"
             )
 
 
-def param_shardings(cfg: ModelConfig, params: Params, mesh: Mesh) -> Params:
+def _axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if rule is None else (rule,) if isinstance(rule, str) else rule
+
+
+def sharding(mesh: Mesh, rules: Rules, *axes: str | None) -> NamedSharding:
+    """Of an array with these logical axes; None for one that is not split."""
+    return NamedSharding(mesh, P(*(None if axis is None else rules[axis] for axis in axes)))
+
+
+def param_shardings(cfg: ModelConfig, params: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
     """A NamedSharding for each array of `params`. A QArray's scales lie with its values where the mesh divides them."""
     info = param_info(cfg)
 
     def shard(path: str, leaf: jax.Array | QArray):
-        axes = [RULES[axis] for axis in info[path].axes]
-        values = NamedSharding(mesh, P(*axes))
+        axes = info[path].axes
+        values = sharding(mesh, rules, *axes)
         if not isinstance(leaf, QArray):
             return values
-        kept, first = leaf.scale.ndim - 1, axes[leaf.scale.ndim - 1]
-        group = first if first is not None and leaf.groups % mesh.shape[first] == 0 else None
-        scale = NamedSharding(mesh, P(*axes[:kept], group))
-        whole = NamedSharding(mesh, P())
+        kept = leaf.scale.ndim - 1
+        chips = math.prod(mesh.shape[axis] for axis in _axes(rules[axes[kept]]))
+        scale = sharding(mesh, rules, *axes[:kept], axes[kept] if leaf.groups % chips == 0 else None)
         return QArray(
             values,  # pyright: ignore[reportArgumentType]
             scale,  # pyright: ignore[reportArgumentType]
             None if leaf.zero_point is None else scale,  # pyright: ignore[reportArgumentType]
-            None if leaf.x_scale is None else whole,  # pyright: ignore[reportArgumentType]
+            None if leaf.x_scale is None else NamedSharding(mesh, P()),  # pyright: ignore[reportArgumentType]
             leaf.int8_inputs,
         )
 
     return unflatten({path: shard(path, leaf) for path, leaf in flatten(params).items()})
 
 
-def batch_sharding(mesh: Mesh, rank: int) -> NamedSharding:
-    """For an array whose first axis is the batch."""
-    return NamedSharding(mesh, P(RULES["batch"], *(None,) * (rank - 1)))
-
-
-def cache_shardings(cfg: ModelConfig, mesh: Mesh, split: bool) -> KVCache:
+def cache_shardings(cfg: ModelConfig, mesh: Mesh, split: bool, rules: Rules = RULES) -> KVCache:
     """split: as of the cache."""
-    by_head = NamedSharding(mesh, P(RULES["batch"], RULES["kv_heads"]))
-    return jax.tree.map(lambda _: by_head, jax.eval_shape(lambda: init_cache(cfg, 1, 1, split)))
+    slots = cfg.head_dim + 1  # unlike every other extent behind the heads
+
+    def one(part: jax.ShapeDtypeStruct) -> NamedSharding:
+        last = ["slots" if size == slots else None for size in part.shape[2:]]
+        return sharding(mesh, rules, "batch", "kv_heads", *last)
+
+    return jax.tree.map(one, jax.eval_shape(lambda: init_cache(cfg, 1, slots, split)))

@@ -12,7 +12,7 @@ import jaxllm
 from jaxllm.arrays import QArray
 from jaxllm.lm import forward
 from jaxllm.params import flatten
-from jaxllm.shard import batch_sharding, param_shardings
+from jaxllm.shard import RULES, param_shardings, sharding
 from tests.conftest import TINY
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (4, 12)).astype(np.int32)
@@ -30,7 +30,7 @@ def model(format):
 def on(mesh, lm):
     """Logits of the sharded model, and its weights as they lie on the devices."""
     params = jax.device_put(lm.params, param_shardings(lm.cfg, lm.params, mesh))
-    tokens = jax.device_put(jnp.asarray(TOKENS), batch_sharding(mesh, 2))
+    tokens = jax.device_put(jnp.asarray(TOKENS), sharding(mesh, RULES, "batch", None))
     return jax.jit(functools.partial(forward, lm.cfg))(params, tokens), flatten(params)
 
 

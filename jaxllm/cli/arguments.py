@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=int, default=0, help="default %(default)s")
         sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable")
         sub.add_argument("--system", help="system message, for a chat model")
-        sub.add_argument("--mesh", metavar="data=1,model=4", help="devices to shard over (default: one)")
+        sub.add_argument("--mesh", metavar="data=1,model=4,share=1", help="devices to shard over (default: one)")
 
     sub = command("quickstart", "compact, quantise, compile and compare a small model, and ask it something")
     sub.add_argument("--model", default="smollm2-135m", metavar="MODEL", help="default %(default)s")
@@ -172,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     model(sub, nargs="+")
     sub.add_argument("--prompt-tokens", type=int, default=64, help="default %(default)s")
     sub.add_argument("--new-tokens", type=int, default=64, help="default %(default)s")
-    sub.add_argument("--mesh", metavar="data=1,model=4", help="devices to shard over (default: one)")
+    sub.add_argument("--mesh", metavar="data=1,model=4,share=1", help="devices to shard over (default: one)")
     timing(sub)
 
     sub = command("plan", "predict a model on TPU slices, by compiling it for them: no TPU is needed")

@@ -81,7 +81,7 @@ def numbers(option: str, given: str) -> list[int]:
 
 
 def mesh(spec: str | None) -> Any:
-    return None if spec is None else jaxllm.make_mesh(**counts("--mesh", spec, ("data", "model"), int))
+    return None if spec is None else jaxllm.make_mesh(**counts("--mesh", spec, ("data", "model", "share"), int))
 
 
 def counts(option: str, spec: str, names: Sequence[str], number: Callable[[str], Any]) -> dict[str, Any]:

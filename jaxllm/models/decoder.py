@@ -13,9 +13,16 @@ from jaxllm.cache import KVCache, LayerCache
 from jaxllm.config import ModelConfig
 from jaxllm.models.layers import Einsum, Embed, RMSNorm, attend, past_part, present_part, rope, rope_frequencies
 
+Constrain = Callable[..., jax.Array]  # (array, its logical axes …) -> the array, where the mesh wants it
+
+
+def _anywhere(x: jax.Array, *axes: str | None) -> jax.Array:
+    return x
+
 
 class Attention(nn.Module):
     cfg: ModelConfig
+    constrain: Constrain = _anywhere
 
     @nn.compact
     def __call__(
@@ -43,6 +50,9 @@ class Attention(nn.Module):
             y_BTNH = attend(q_BTNH, parts, positions_BT, c.sliding_window)
             cache = kv.write_split(cache, k_BTKH, v_BTKH, positions_BT, after_BTNH=y_BTNH)
         else:
+            k_BTKH, v_BTKH = jax.tree.map(
+                lambda x: self.constrain(x, "batch", None, "kv_heads", None), (k_BTKH, v_BTKH)
+            )
             cache = kv.write(cache, k_BTKH, v_BTKH, positions_BT)
             y_BTNH = attend(q_BTNH, [past_part(cache, positions_BT)], positions_BT, c.sliding_window)
         o_axes = ("embed", "heads", "head_dim")
@@ -67,6 +77,7 @@ class Block(nn.Module):
     """One layer; cfg: of that layer alone."""
 
     cfg: ModelConfig
+    constrain: Constrain = _anywhere
 
     @nn.compact
     def __call__(
@@ -74,7 +85,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         c = self.cfg
         normed_BTD = RMSNorm("embed", c.norm_eps, c.dtype, name="attn_norm")(x_BTD)
-        y_BTD, cache = Attention(c, name="attn")(normed_BTD, positions_BT, cache)
+        y_BTD, cache = Attention(c, self.constrain, name="attn")(normed_BTD, positions_BT, cache)
         x_BTD += y_BTD
         x_BTD += Mlp(c, name="mlp")(RMSNorm("embed", c.norm_eps, c.dtype, name="mlp_norm")(x_BTD))
         return x_BTD, cache
@@ -83,16 +94,17 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Token ids to logits.
 
-    constrain: applied to the residual stream [B, T, D] between blocks; a sharding constraint where there is a mesh.
+    constrain: applied to the residual stream between blocks, and to new keys and values; a sharding constraint where
+        there is a mesh.
     """
 
     cfg: ModelConfig
-    constrain: Callable[[jax.Array], jax.Array] = lambda x_BTD: x_BTD
+    constrain: Constrain = _anywhere
 
     def setup(self):
         c = self.cfg
         self.embed = Embed(c.vocab_size, c.embed_dim, c.dtype)
-        self.layers = [Block(c.layer(i)) for i in range(c.num_layers)]
+        self.layers = [Block(c.layer(i), self.constrain) for i in range(c.num_layers)]
         self.final_norm = RMSNorm("embed", c.norm_eps, c.dtype)
         if not c.tie_embeddings:
             shape, axes = (c.vocab_size, c.embed_dim), ("vocab", "embed")
@@ -109,13 +121,13 @@ class Decoder(nn.Module):
 
         last_B: index into T of the one token of each row to give logits for: then they are [B, 1, V].
         """
-        x_BTD = self.constrain(self.embed(tokens_BT))
+        x_BTD = self.constrain(self.embed(tokens_BT), "batch", None, None)
         caches: list[LayerCache] = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
                 layer_cache = None if cache is None else LayerCache(cache.k[i], cache.v[i], cache.split)
                 x_BTD, layer_cache = layer(x_BTD, positions_BT, layer_cache)
-                x_BTD = self.constrain(x_BTD)
+                x_BTD = self.constrain(x_BTD, "batch", None, None)
             if layer_cache is not None:
                 caches.append(layer_cache)
         if last_B is not None:
