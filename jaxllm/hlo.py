@@ -287,7 +287,7 @@ def _cost_of(module: Module, i: Instruction, body: Computation) -> Cost:
         if operand and len(operand.shapes) == 1:
             touched = _touched_by(module, i, position)
             moved += operand.shapes[0].memory_bytes(touched)
-    moved += sum(shape.memory_bytes(size) for shape, size in _written(module, i, body))
+    moved += sum(shape.memory_bytes(size) for shape, size in written(module, i, body))
     flops, int8_flops = _flops(module, i, body)
     return Cost(moved, moved if moves_only(module, i) else 0, flops, int8_flops, i.cycles)
 
@@ -356,7 +356,7 @@ def _passes_on(module: Module, i: Instruction, position: int) -> bool:
     return parameter is not None and at.name == parameter.name
 
 
-def _written(module: Module, i: Instruction, body: Computation) -> Iterator[tuple[Shape, int | None]]:
+def written(module: Module, i: Instruction, body: Computation) -> Iterator[tuple[Shape, int | None]]:
     """Each result with how many of its elements are written; None for all."""
     inner = _inside(module, i)
     roots = [i]

@@ -66,6 +66,13 @@ class Program:
     high: hlo.Cost
     compile_s: float
 
+    @classmethod
+    def of(cls, compiled: Any, compile_s: float) -> Program:
+        memory = compiled.memory_analysis()
+        low, high = hlo.cost(hlo.parse(compiled.as_text()))
+        code = memory.generated_code_size_in_bytes
+        return cls(memory.argument_size_in_bytes, memory.temp_size_in_bytes, code, low, high, compile_s)
+
     def extend(self, other: Program, times: float) -> Program:
         """self, and `times` what `other` is more."""
 
@@ -275,13 +282,9 @@ def _weight_bytes(cfg: ModelConfig, case: Case) -> float:
     params = abstract_params(cfg, case.format)
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shard.param_shardings(cfg, params, mesh)), strict=True)
     return sum(
-        math.prod(sharding.shard_shape(leaf.shape)) * hlo.Shape(_hlo_type(leaf.dtype), ()).bits / 8
+        math.prod(sharding.shard_shape(leaf.shape)) * (0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize)
         for leaf, sharding in pairs
     )
-
-
-def _hlo_type(dtype: Any) -> str:
-    return "s4" if dtype == jnp.int4 else f"f{jnp.dtype(dtype).itemsize * 8}"
 
 
 def _compiled(cfg: ModelConfig, case: Case, kind: str) -> Program | str:
@@ -300,18 +303,9 @@ def _compiled(cfg: ModelConfig, case: Case, kind: str) -> Program | str:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found: Program | str = _too_large(str(error))
+        found: Program | str = too_large(str(error))
     else:
-        memory = compiled.memory_analysis()
-        low, high = hlo.cost(hlo.parse(compiled.as_text()))
-        found = Program(
-            memory.argument_size_in_bytes,
-            memory.temp_size_in_bytes,
-            memory.generated_code_size_in_bytes,
-            low,
-            high,
-            time.perf_counter() - began,
-        )
+        found = Program.of(compiled, time.perf_counter() - began)
     file.parent.mkdir(parents=True, exist_ok=True)
     half = file.with_suffix(f".{os.getpid()}")
     half.write_text(json.dumps(found if isinstance(found, str) else dataclasses.asdict(found)))
@@ -319,7 +313,7 @@ def _compiled(cfg: ModelConfig, case: Case, kind: str) -> Program | str:
     return found
 
 
-def _too_large(message: str) -> str:
+def too_large(message: str) -> str:
     used = re.search(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG])", message)
     return f"the compiler needs {used[1]} of {used[2]}" if used else "the compiler says that it does not fit"
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "eval": run.evaluate,
     "bench": run.bench,
     "plan": plan.plan,
+    "compile": plan.compile_for,
     "info": run.info,
     "export": run.export,
 }

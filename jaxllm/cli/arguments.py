@@ -193,6 +193,19 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--exact", action="store_true", help="compile every layer, not a few from which the rest follows")
     sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed against latency")
 
+    sub = command("compile", "compile a model's programs for a TPU slice that need not be here, and check them")
+    sub.add_argument("model", metavar="MODEL", help="a config.json, or name, directory, .gguf file, Hugging Face id")
+    sub.add_argument("--target", required=True, help="a slice: v5e:2x4")
+    sub.add_argument("--mesh", metavar="data=1,model=4,share=1", help="default: the one that splits a copy most")
+    sub.add_argument("--quantize", default="int8", metavar="FORMAT", help="of weights, or float (default %(default)s)")
+    sub.add_argument("--kv", choices=("int8",), help="keys and values of the cache")
+    sub.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the rest (default %(default)s)"
+    )
+    sub.add_argument("--batch", type=int, default=8, help="sequences that run together (default %(default)s)")
+    sub.add_argument("--context", type=int, default=2048, help="tokens of prompt and answer (default %(default)s)")
+    sub.add_argument("--check", action="store_true", help="fail where a program does not fit or breaks its contract")
+
     sub = command("info", "what is in a checkpoint: shape, precision, ledger")
     model(sub)
 

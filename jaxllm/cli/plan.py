@@ -19,6 +19,7 @@ from jaxllm import targets
 from jaxllm.checkpoint import load_header
 from jaxllm.cli import common
 from jaxllm.config import ModelConfig, from_hf
+from jaxllm.examine import Examined, examine
 
 _CONFIG_BYTES = 1 << 20
 
@@ -49,6 +50,60 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         common.log(f"wrote {args.plot}")
     as_json = [dataclasses.asdict(candidate) for candidate in found]
     return {"candidates": as_json, "best": None if best is None else found.index(best)}
+
+
+def compile_for(args: argparse.Namespace) -> dict[str, Any]:
+    jax.config.update("jax_platforms", "cpu")
+    target, cfg = targets.parse(args.target), config(args.model, args.dtype)
+    if args.mesh is None:
+        sizes = next(planning.meshes(cfg, target, args.batch), None)
+        if sizes is None:
+            raise ValueError(f"No mesh of {target} divides the model and a batch of {args.batch}; try fewer chips.")
+    else:
+        given = common.counts("--mesh", args.mesh, ("data", "model", "share"), int)
+        sizes = given.get("data", 1), given.get("model", 1), given.get("share", 1)
+    format = None if args.quantize == "float" else args.quantize
+    case = planning.Case(target, *sizes, format, args.kv, args.batch, args.context)
+    found = examine(cfg, case)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(examined_table(found, case))
+    for program in found:
+        for buffer in program.buffers:
+            console.print(f"{program.name}: {buffer.nbytes / 1e6:.1f} MB {buffer.shape} {buffer.source}", markup=False)
+    breaches = [f"{program.name}: {breach}" for program in found for breach in program.breaches]
+    for breach in breaches:
+        console.print(breach, markup=False)
+    if args.check and (breaches or any(program.reason for program in found)):
+        raise ValueError(f"{len(breaches)} breaches of the contract; {sum(bool(p.reason) for p in found)} do not fit.")
+    return {"target": str(target), "mesh": sizes, "programs": [dataclasses.asdict(program) for program in found]}
+
+
+def examined_table(found: Sequence[Examined], case: planning.Case) -> Table:
+    sizes = " x ".join(map(str, (case.data, case.model, case.share)))
+    out = Table(caption=f"{case.target}, mesh {sizes}; bytes are of one device; predictions, nothing was run.")
+    for name in (
+        "program",
+        "arguments",
+        "temporaries",
+        "code",
+        "ms",
+        "limit",
+        "collectives",
+        "compiled in",
+        "contract",
+    ):
+        out.add_column(name, justify="left" if name in ("program", "limit", "collectives") else "right")
+    for p in found:
+        if p.reason and not p.argument_bytes:
+            out.add_row(p.name, "does not fit", p.reason, *[""] * 6)
+            continue
+        sizes = (f"{size / 1e6:.1f} MB" for size in (p.argument_bytes, p.temp_bytes, p.program_bytes))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in p.collectives.items())
+        state = p.reason or (f"{len(p.breaches)} breaches" if p.breaches else "kept")
+        out.add_row(
+            p.name, *sizes, f"{p.ms_low:.2f}-{p.ms_high:.2f}", p.bottleneck, kinds, f"{p.compile_s:.1f} s", state
+        )
+    return out
 
 
 def config(model: str, dtype: str) -> ModelConfig:
