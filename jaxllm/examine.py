@@ -1,4 +1,4 @@
-"""A model's programs compiled whole for a machine that may not be at hand: memory, largest buffers, broken contracts."""
+"""A model's programs compiled whole for a machine not at hand: memory, largest buffers, broken contracts."""
 
 from __future__ import annotations
 
