@@ -20,7 +20,7 @@ from jaxllm.search import search
 from jaxllm.shard import make_mesh
 from jaxllm.textfiles import read_text
 from jaxllm.transforms.compact import compact
-from jaxllm.transforms.prune import prune
+from jaxllm.transforms.prune import cubic_schedule, prune
 from jaxllm.transforms.quantize import quantize, quantize_kv
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "compact",
     "compare",
     "compile",
+    "cubic_schedule",
     "evaluation_text",
     "export_compressed",
     "export_hf",

@@ -1,19 +1,17 @@
-"""Names and logical axes of a model's weights, and maps over them."""
+"""Names and logical axes of a model's weights, and rules that choose among them."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import traverse_util
 from flax.core import meta
 
-from jaxllm.arrays import Weight
-
-Params = Mapping[str, Any]  # nested dicts of Weight; a leaf's path is its keys joined by "/"
+Params = Mapping[str, Any]  # nested dicts of arrays.Weight; a leaf's path is its keys joined by "/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +98,3 @@ def assign(rules: Mapping[str, Any], info: Mapping[str, ParamInfo]) -> dict[str,
     if all(value is None for value in out.values()):
         raise ValueError(f"The rules {[*rules]} leave every weight alone.")
     return {path: out[path] for path in info if out.get(path) is not None}
-
-
-def map_weights(fn: Callable[[str, Weight], Weight], params: Params, paths: Iterable[str]) -> dict[str, Any]:
-    """Replaces the leaves at `paths` by fn(path, leaf)."""
-    flat = flatten(params)
-    for path in paths:
-        flat[path] = fn(path, flat[path])
-    return unflatten(flat)

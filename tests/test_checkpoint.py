@@ -22,7 +22,7 @@ from jaxllm import arrays, checkpoint, hub, lm
 from jaxllm.checkpoint import gguf as ours
 from jaxllm.checkpoint import hf, leaves, names, native, pad
 from jaxllm.config import LinearRope, Llama3Rope, ModelConfig
-from jaxllm.params import flatten, map_weights, unflatten
+from jaxllm.params import flatten, unflatten
 from jaxllm.text import Tokenizer
 
 TINY = ModelConfig(
@@ -149,10 +149,11 @@ def test_sparse_leaves_keep_every_bit(tmp_path, dtype, monkeypatch):
         random_lm(dataclasses.replace(TINY, dtype=dtype, vocab_size=67, embed_dim=31))
     )
     odd = jnp.asarray([-0.0, np.nan, -np.nan, np.inf, -np.inf, float(jnp.finfo(dtype).smallest_subnormal)], dtype)
-    params = map_weights(lambda _, w: w.at[3, : odd.size].set(odd), model.params, ["layers_1/mlp/up/w"])
-    params = map_weights(lambda _, w: jnp.zeros_like(w), params, ["layers_0/mlp/up/w"])
-    params = map_weights(lambda _, w: -jnp.zeros_like(w), params, ["layers_0/mlp/gate/w"])
-    model = dataclasses.replace(model, params=params)
+    flat = flatten(model.params)
+    flat["layers_1/mlp/up/w"] = flat["layers_1/mlp/up/w"].at[3, : odd.size].set(odd)
+    flat["layers_0/mlp/up/w"] = jnp.zeros_like(flat["layers_0/mlp/up/w"])
+    flat["layers_0/mlp/gate/w"] = -jnp.zeros_like(flat["layers_0/mlp/gate/w"])
+    model = dataclasses.replace(model, params=unflatten(flat))
     checkpoint.save(model, tmp_path / "model")
     kinds = {k: v["kind"] for k, v in json.loads((tmp_path / "model" / "jaxllm.json").read_text())["leaves"].items()}
     assert kinds["layers_0/mlp/up/w"] == kinds["layers_1/mlp/up/w"] == kinds["head/w"] == "sparse"
@@ -236,8 +237,9 @@ def test_native_dtype_casts_only_float_weights(tmp_path, dtype):
 @pytest.mark.parametrize("write", [checkpoint.save, checkpoint.export_hf])
 def test_float16_refuses_what_it_cannot_hold(tmp_path, write):
     model = random_lm()
-    params = map_weights(lambda _, w: w.at[0, 0].set(1e5), model.params, iter(["layers_1/mlp/up/w"]))
-    write(dataclasses.replace(model, params=params), tmp_path / "model")
+    flat = flatten(model.params)
+    flat["layers_1/mlp/up/w"] = flat["layers_1/mlp/up/w"].at[0, 0].set(1e5)
+    write(dataclasses.replace(model, params=unflatten(flat)), tmp_path / "model")
     with pytest.raises(ValueError, match=r"layers.1.mlp.up.*float16"):
         load(tmp_path / "model", "float16")
     with pytest.raises(ValueError, match="int8"):

@@ -254,3 +254,16 @@ def test_an_integer_is_a_fraction_too(tiny):
     for scope in ("layer", "global"):
         same = jaxllm.prune(0, scope=scope)(tiny)
         assert (as_matrix(same, "layers_0/mlp/up/w") != 0).all()
+
+
+def test_the_cubic_schedule_is_zhu_and_guptas():
+    at = jax.jit(jaxllm.cubic_schedule(0.8, begin=10, end=50, initial=0.2))
+    steps = np.arange(70)
+    expected = 0.8 + (0.2 - 0.8) * (1 - np.clip((steps - 10) / 40, 0, 1)) ** 3
+    np.testing.assert_allclose([at(step) for step in steps], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("given", [(1.0, 0, 5), (0.5, 5, 5), (0.5, -1, 5), (0.5, 0, 5, 0.6), (float("nan"), 0, 5)])
+def test_a_schedule_that_cannot_be_is_refused(given):
+    with pytest.raises(ValueError, match="expected 0 <="):
+        jaxllm.cubic_schedule(*given)

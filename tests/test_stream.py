@@ -393,6 +393,7 @@ def test_memory_is_that_of_a_group(tmp_path):
         check=True,
     )
     assert model.weight_bytes > 550e6
-    # A layer has 54 MB; pruning one weight takes several times its 17 MB, and programs and Orbax the rest.
-    assert float(done.stdout) < 350
+    # A layer has 54 MB; pruning one weight takes several times its 17 MB. Orbax and the programs take the rest, more of
+    # it where nothing is in the compilation cache yet.
+    assert float(done.stdout) < 420
     assert not flatten(load(tmp_path / "out").params)["layers_9/mlp/up/w"].values.any()

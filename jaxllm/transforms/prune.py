@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
@@ -105,6 +105,28 @@ def prune(
         return _plan(lm, method, list(fractions), change, args, calibration)
 
     return Layerwise("prune", plan)
+
+
+def cubic_schedule(
+    sparsity: float, begin: int, end: int, initial: float = 0.0
+) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+    """The sparsity to prune to at each step of a training: fast at first, slower as fewer weights are left.
+
+    Gives step -> float32, which may be traced: `initial` up to step `begin`, `sparsity` from step `end` on, and between
+    them s + (s0 - s) (1 - (t - begin) / (end - begin))³.
+    Raises ValueError unless 0 <= initial <= sparsity < 1 and 0 <= begin < end.
+    Source: Zhu & Gupta 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression".
+    """
+    if not 0 <= initial <= sparsity < 1:
+        raise ValueError(f"From {initial} to {sparsity}: expected 0 <= initial <= sparsity < 1.")
+    if not 0 <= begin < end:
+        raise ValueError(f"From step {begin} to {end}: expected 0 <= begin < end.")
+
+    def at(step: jax.typing.ArrayLike) -> jax.Array:
+        done = jnp.clip((jnp.asarray(step, jnp.float32) - begin) / (end - begin), 0.0, 1.0)
+        return sparsity + (initial - sparsity) * (1 - done) ** 3
+
+    return at
 
 
 def _plan(lm: LM, method: str, paths: list[str], change: Any, args: Mapping[str, Any], calibration: Any) -> Plan:
