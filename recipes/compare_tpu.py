@@ -1,8 +1,8 @@
-"""A decode step of Llama-3.1, int8 weights, compiled for a TPU slice: ours beside jax-llm-examples', by the same compiler.
+"""A decode step of Llama-3.1 with int8 weights, compiled for a TPU slice: ours beside jax-llm-examples'.
 
 The other's code is a checkout of github.com/jax-ml/jax-llm-examples (its llama3 folder needs `etils`), or is left out.
 Nothing is run, and no TPU is needed; bytes are of one chip.
-Run: python recipes/compare_tpu.py [--config recipes/configs/llama-3.1-8b.json] [--target v5e:2x2] [--peer CHECKOUT/llama3]
+Run: python recipes/compare_tpu.py [--config CONFIG.json] [--target v5e:2x2] [--peer CHECKOUT/llama3]
 """
 
 import argparse
