@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxllm import contracts, hlo, plan, shard
+from jaxllm import contracts, hlo, plan, shard, targets
 from jaxllm.compile import STEPS, Lowering
 from jaxllm.config import ModelConfig
 
@@ -92,7 +92,7 @@ def examine(cfg: ModelConfig, case: plan.Case) -> list[Examined]:
             tuple(contracts.check(compiled, lower.params, lower.state, cfg.num_layers, contract)),
         )
 
-    with ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
+    with targets.uncached(), ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
         return list(pool.map(one, lowered))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -17,13 +18,14 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm import formats, hlo, shard
+from jaxllm import formats, hlo, shard, targets
 from jaxllm.compile import CHUNKS, Lowering
 from jaxllm.config import WIDTHS, ModelConfig
 from jaxllm.hub import cache_dir
@@ -87,6 +89,9 @@ class Program:
             self.high + (other.high + self.high * -1) * times,
             self.compile_s + (other.compile_s if other is not self else 0.0),
         )
+
+
+_NOTHING = Program(math.nan, math.nan, 0.0, hlo.Cost(), hlo.Cost(), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,21 +184,18 @@ def predict(
     cfg = dataclasses.replace(cfg, kv_dtype=case.kv_dtype or cfg.kv_dtype)
     uniform = not any(isinstance(getattr(cfg, name), tuple) for name in WIDTHS)
     few = FEW_LAYERS if uniform and not exact and cfg.num_layers > FEW_LAYERS[1] else (cfg.num_layers,)
-    reason = ""
-    programs: dict[str, Program] = {}
-    for kind in ("step", "prefill"):
-        made: list[Program] = []
-        for layers in few:
-            one = _compiled(dataclasses.replace(cfg, num_layers=layers), case, kind)
-            if isinstance(one, Program):
-                made.append(one)
-            else:
-                reason = reason or one
-        if len(made) < len(few):
-            programs[kind] = Program(math.nan, math.nan, 0.0, hlo.Cost(), hlo.Cost(), 0.0)
-        else:
-            times = (cfg.num_layers - few[0]) / (few[-1] - few[0]) if len(few) > 1 else 0.0
-            programs[kind] = made[0].extend(made[-1], times)
+    each = [(kind, dataclasses.replace(cfg, num_layers=layers)) for kind in ("prefill", "step") for layers in few]
+    with targets.uncached(), ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
+        made = list(pool.map(lambda one: _compiled(one[1], case, one[0]), each))
+    reason = next((one for one in made if isinstance(one, str)), "")
+    programs = dict.fromkeys(("prefill", "step"), _NOTHING)
+    if not reason:
+        times = (cfg.num_layers - few[0]) / (few[-1] - few[0]) if len(few) > 1 else 0.0
+        for n, kind in enumerate(programs):
+            first, last = made[n * len(few)], made[(n + 1) * len(few) - 1]
+            assert isinstance(first, Program)
+            assert isinstance(last, Program)
+            programs[kind] = first.extend(last, times)
     return _candidate(cfg, case, programs, reason, prompt_tokens, price, few[-1])
 
 
@@ -314,8 +316,9 @@ def _compiled(cfg: ModelConfig, case: Case, kind: str) -> Program | str:
 
 
 def too_large(message: str) -> str:
-    used = re.search(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG])", message)
-    return f"the compiler needs {used[1]} of {used[2]}" if used else "the compiler says that it does not fit"
+    used = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
+    used = used or re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])", message)
+    return f"needs {used[1]}iB of {used[2]}iB" if used else "the compiler says that it does not fit"
 
 
 def _from_json(stored: dict[str, Any]) -> Program:
@@ -347,13 +350,17 @@ def sweep(
     prompt_tokens: int = 512,
     price: float | None = None,
     exact: bool = False,
+    every_mesh: bool = False,
 ) -> Iterator[Candidate]:
-    """Every mesh of every slice with every format, batch and context, one by one as they are compiled."""
+    """Every slice with every format, batch and context, one by one as they are compiled.
+
+    every_mesh: with each mesh that divides model and batch, not only the one that splits a copy of the model most.
+    """
     for target in slices:
         for format in formats:
             for batch in batches:
                 for context in contexts:
-                    for mesh in meshes(cfg, target, batch):
+                    for mesh in itertools.islice(meshes(cfg, target, batch), None if every_mesh else 1):
                         case = Case(target, *mesh, format, kv_dtype, batch, context)
                         yield predict(cfg, case, prompt_tokens, price, exact)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import math
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 _GiB = 2**30
 
@@ -109,6 +114,19 @@ _ALONE = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Without jax's compilation cache, which can write programs for machines that are not here, but not read them."""
+    name, enabled = "jax_enable_compilation_cache", jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update(name, False)
+    compilation_cache.reset_cache()  # what jax remembers of the setting
+    try:
+        yield
+    finally:
+        jax.config.update(name, enabled)
+        compilation_cache.reset_cache()
 
 
 @functools.lru_cache(maxsize=64)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,9 @@ def lowering(cfg, target, sizes, format="int8", batch=8, context=256, rules=shar
 
 
 def breaches(lower, program, layers, **contract):
-    return contracts.check(program.compile(), lower.params, lower.state, layers, contracts.Contract(**contract))
+    with targets.uncached():
+        compiled = program.compile()
+    return contracts.check(compiled, lower.params, lower.state, layers, contracts.Contract(**contract))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def test_abstract_weights_are_those_that_quantize_makes(tiny, format):
 def test_a_decode_step_keeps_its_contract_on_tpus(target, sizes, format, kv):
     cfg = dataclasses.replace(SMALL, kv_dtype=kv)
     lower = lowering(cfg, target, sizes, format)
-    assert breaches(lower, lower.step(), layers=1) == []
+    assert breaches(lower, lower.step(), layers=1, temp_share=0.2) == []
 
 
 @aot
@@ -94,6 +97,7 @@ def test_the_contract_sees_what_breaks_it():
     assert "matmuls run on the matmul units" in rules
 
 
+@pytest.mark.slow
 @aot
 def test_extending_few_layers_says_what_all_of_them_do(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
@@ -109,7 +113,8 @@ def test_extending_few_layers_says_what_all_of_them_do(monkeypatch, tmp_path):
     assert whole.step_ms_low < whole.step_ms_high
     # The roofline: all weights but the embedding, and the cache, are read once.
     params = flatten(plan.abstract_params(cfg, "int8"))
-    read = sum(leaf.nbytes for path, leaf in params.items() if path != "embed/w") / 4
+    leaves = [part for path, leaf in params.items() if path != "embed/w" for part in jax.tree.leaves(leaf)]
+    read = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 4
     cache = 2 * 6 * 8 * 256 * 2 * 128 * 2 / 2
     assert read + cache < whole.memory_bytes < 1.15 * (read + cache)
     # Nothing is compiled twice.
@@ -124,7 +129,7 @@ def test_what_does_not_fit_is_said(monkeypatch, tmp_path):
     cfg = dataclasses.replace(SMALL, num_layers=2, ffw_dim=1 << 20, embed_dim=8192)
     found = plan.predict(cfg, plan.Case(targets.parse("v5e"), 1, 1, 1, "int8", None, 8, 256), prompt_tokens=16)
     assert not found.fits
-    assert "of 15.75G" in found.reason or "GB of 16.9" in found.reason
+    assert re.fullmatch(r"needs [\d.]+GiB of 15.75GiB", found.reason)
 
 
 @aot

@@ -190,6 +190,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--context", default="2048", help="tokens of prompt and answer (default %(default)s)")
     sub.add_argument("--prompt-tokens", type=int, default=512, help="for the time to first token (default %(default)s)")
     sub.add_argument("--price", type=float, help="dollars for a chip and hour, for the cost of a million tokens")
+    sub.add_argument("--all-meshes", action="store_true", help="not only the one that splits a copy of the model most")
     sub.add_argument("--exact", action="store_true", help="compile every layer, not a few from which the rest follows")
     sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed against latency")
 

@@ -37,7 +37,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     cfg = config(args.model, args.dtype)
     found = []
     for candidate in planning.sweep(
-        cfg, slices, formats, batches, contexts, args.kv, args.prompt_tokens, args.price, args.exact
+        cfg, slices, formats, batches, contexts, args.kv, args.prompt_tokens, args.price, args.exact, args.all_meshes
     ):
         common.log(line(candidate))
         found.append(candidate)
@@ -134,8 +134,8 @@ def _mesh(c: planning.Candidate) -> str:
 
 def table(candidates: Sequence[planning.Candidate], best: planning.Candidate | None) -> Table:
     out = Table(
-        caption="Predictions by the TPU compiler; nothing was run. Bytes are of one device; ms run from the roofline to "
-        "the compiler's own estimate; mesh: data x model x share; *: most tokens a second and chip."
+        caption="Predictions by the TPU compiler; nothing was run. Bytes are of a device; ms from the roofline to its own "
+        "estimate; mesh: data x model x share; *: most tokens a second and chip."
     )
     for name in ("target", "mesh", "weights", "batch", "context", "GB", "ms a step", "limit", "TTFT ms"):
         out.add_column(name, justify="left" if name in ("target", "mesh", "weights", "limit") else "right")
