@@ -134,8 +134,8 @@ def _mesh(c: planning.Candidate) -> str:
 
 def table(candidates: Sequence[planning.Candidate], best: planning.Candidate | None) -> Table:
     out = Table(
-        caption="Predictions by the TPU compiler; nothing was run. Bytes are of a device; ms from the roofline to its own "
-        "estimate; mesh: data x model x share; *: most tokens a second and chip."
+        caption="Predictions by the TPU compiler; nothing was run. Bytes are of a device; ms from the roofline to its "
+        "own estimate; mesh: data x model x share; *: most tokens a second and chip."
     )
     for name in ("target", "mesh", "weights", "batch", "context", "GB", "ms a step", "limit", "TTFT ms"):
         out.add_column(name, justify="left" if name in ("target", "mesh", "weights", "limit") else "right")
