@@ -124,10 +124,10 @@ def write(past: LayerCache, new_k_BTKH: Entries, new_v_BTKH: Entries, positions_
     """The same for a cache that is not split: before attention reads it."""
 
     def put(old: Entries, new: Entries) -> Entries:
-        if not isinstance(old, Rounded) or not isinstance(new, Rounded):
-            return _put(positions_BT, 2, old, as_values(new))
-        values = _put(positions_BT, 2, old.values, new.values.swapaxes(1, 2))
-        return Rounded(values, _put(positions_BT, 3, old.scale, _slots_last(new.scale)))
+        if isinstance(old, Rounded) and isinstance(new, Rounded):
+            values = _put(positions_BT, 2, old.values, new.values.swapaxes(1, 2))
+            return Rounded(values, _put(positions_BT, 3, old.scale, _slots_last(new.scale)))
+        return jax.tree.map(functools.partial(_put, positions_BT, 2), old, as_values(new))
 
     return LayerCache(put(past.k, new_k_BTKH), put(past.v, new_v_BTKH), False)
 

@@ -100,7 +100,7 @@ def _nbytes(leaf: Any) -> int:
 
 def _weights(module: hlo.Module, weights: list[_Leaf]) -> Iterator[Breach]:
     """Quantised weights are read as they are stored: no float value of their extent is in memory."""
-    extents = {w.extent: w.path for w in weights if w.quantised and len(w.extent) > 1}
+    extents: dict[tuple[int, ...], str] = {w.extent: w.path for w in weights if w.quantised and len(w.extent) > 1}
     for _, i in module.executed():
         if i.op in ("parameter", "get-tuple-element", "tuple", "bitcast"):
             continue

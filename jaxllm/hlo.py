@@ -149,14 +149,14 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         mine, others = self.collectives, other.collectives
         kinds = {kind: mine.get(kind, 0) + others.get(kind, 0) for kind in (*mine, *others)}
-        return Cost(*(getattr(self, name) + getattr(other, name) for name in _FIELDS[:-1]), kinds)
+        return Cost(collectives=kinds, **{name: getattr(self, name) + getattr(other, name) for name in _SUMS})
 
     def __mul__(self, times: float) -> Cost:
         kinds = {kind: round(count * times) for kind, count in self.collectives.items()}
-        return Cost(*(getattr(self, name) * times for name in _FIELDS[:-1]), kinds)
+        return Cost(collectives=kinds, **{name: getattr(self, name) * times for name in _SUMS})
 
 
-_FIELDS = tuple(field.name for field in dataclasses.fields(Cost))
+_SUMS = tuple(field.name for field in dataclasses.fields(Cost) if field.name != "collectives")
 
 
 def parse(text: str) -> Module:

@@ -188,7 +188,7 @@ def predict(
     with targets.uncached(), ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
         made = list(pool.map(lambda one: _compiled(one[1], case, one[0]), each))
     reason = next((one for one in made if isinstance(one, str)), "")
-    programs = dict.fromkeys(("prefill", "step"), _NOTHING)
+    programs: dict[str, Program] = {"prefill": _NOTHING, "step": _NOTHING}
     if not reason:
         times = (cfg.num_layers - few[0]) / (few[-1] - few[0]) if len(few) > 1 else 0.0
         for n, kind in enumerate(programs):

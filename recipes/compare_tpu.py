@@ -33,7 +33,7 @@ def theirs(folder, config, target, sizes, batch, context, int8_cache):
     """Their decode step, with their shardings, on the same slice: x is the batch's axis, y that of the KV heads."""
     sys.path.insert(0, str(folder))
     from jax.sharding import AxisType
-    from llama3_jax import model
+    from llama3_jax import model  # pyright: ignore[reportMissingImports]
 
     devices = target.devices()
     mesh = jax.make_mesh(sizes, ("x", "y", "z"), devices=devices, axis_types=(AxisType.Explicit,) * 3)
