@@ -36,7 +36,7 @@ from jaxllm.transforms.quantize import default_rules
 
 _log = logging.getLogger(__name__)
 
-FEW_LAYERS = (2, 4)
+FEW_LAYERS = (4, 8)  # with fewer, caches stay on the chip that would not in a whole model
 HOP_S = 1e-6  # from a chip to its neighbour: what a small collective waits for; an assumption
 
 
@@ -83,7 +83,7 @@ class Program:
 
         return Program(
             along(self.argument_bytes, other.argument_bytes),
-            max(self.temp_bytes, other.temp_bytes, along(self.temp_bytes, other.temp_bytes)),
+            max(self.temp_bytes, other.temp_bytes),  # layers run one after the other, in the same memory
             along(self.program_bytes, other.program_bytes),
             self.low + (other.low + self.low * -1) * times,
             self.high + (other.high + self.high * -1) * times,

@@ -101,10 +101,10 @@ def test_the_contract_sees_what_breaks_it():
 @aot
 def test_extending_few_layers_says_what_all_of_them_do(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
-    cfg = dataclasses.replace(SMALL, num_layers=6)
+    cfg = dataclasses.replace(SMALL, num_layers=12)
     case = plan.Case(targets.parse("v5e:2x2"), 1, 2, 2, "int8", None, 8, 256)
     some, whole = (plan.predict(cfg, case, prompt_tokens=64, exact=exact) for exact in (False, True))
-    assert (some.layers, whole.layers) == ((4, 6), (6, 6))
+    assert (some.layers, whole.layers) == ((8, 12), (12, 12))
     assert some.argument_bytes == pytest.approx(whole.argument_bytes, rel=0.001)
     assert some.memory_bytes == pytest.approx(whole.memory_bytes, rel=0.1)
     assert some.flops == pytest.approx(whole.flops, rel=0.01)
@@ -115,7 +115,7 @@ def test_extending_few_layers_says_what_all_of_them_do(monkeypatch, tmp_path):
     params = flatten(plan.abstract_params(cfg, "int8"))
     leaves = [part for path, leaf in params.items() if path != "embed/w" for part in jax.tree.leaves(leaf)]
     read = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 4
-    cache = 2 * 6 * 8 * 256 * 2 * 128 * 2 / 2
+    cache = 2 * 12 * 8 * 256 * 2 * 128 * 2 / 2
     assert read + cache < whole.memory_bytes < 1.15 * (read + cache)
     # Nothing is compiled twice.
     monkeypatch.setattr(plan, "Lowering", None)
