@@ -28,14 +28,24 @@ def test_a_head_is_rounded_by_at_most_half_a_step():
     assert (largest.reshape(-1)[3:] == 127).all()
 
 
-@pytest.mark.parametrize(("name", "batch"), [("mistral", 1), ("mistral", 3), ("qwen2", 3), ("qwen3", 3)])
-def test_prefill_then_decode_equals_one_forward(name, batch):
+@pytest.mark.parametrize(
+    ("name", "batch", "split"),
+    [
+        ("mistral", 1, True),
+        ("mistral", 3, True),
+        ("qwen2", 3, True),
+        ("qwen3", 3, True),
+        ("mistral", 1, False),
+        ("mistral", 3, False),
+    ],
+)
+def test_prefill_then_decode_equals_one_forward(name, batch, split):
     """Each row of a batch of decode steps is written by a scatter of its own, all else as one slice."""
     lm = jaxllm.init(dataclasses.replace(FAMILIES[name], num_layers=2))
     lm = jaxllm.quantize_kv()(lm)
     tokens = TOKENS[:batch]
     full = jaxllm.logits(lm, tokens)
-    decoder, cache, steps = Decoder(lm.cfg), init_cache(lm.cfg, batch, 32), []
+    decoder, cache, steps = Decoder(lm.cfg), init_cache(lm.cfg, batch, 32, split), []
     run = jax.jit(lambda tokens, positions, cache: decoder.apply({"params": lm.params}, tokens, positions, cache))
     for start, length in [(0, 8), (8, 8), *((t, 1) for t in range(16, 24))]:
         positions = np.broadcast_to(np.arange(start, start + length), (batch, length))

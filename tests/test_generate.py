@@ -38,17 +38,27 @@ def greedy(lm, prompt, count):
     return tokens[len(prompt) :]
 
 
-def test_prefill_then_decode_equals_one_forward(family):
-    cfg = family.cfg
+def check_calls(lm, split):
+    """Whatever the calls that a text is cut into, its logits are those of one forward."""
+    cfg = lm.cfg
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (2, 24)).astype(np.int32)
-    full = jaxllm.logits(family, tokens)
-    decoder, cache, steps = Decoder(cfg), init_cache(cfg, 2, 48), []
-    run = jax.jit(lambda tokens, positions, cache: decoder.apply({"params": family.params}, tokens, positions, cache))
+    full = jaxllm.logits(lm, tokens)
+    decoder, cache, steps = Decoder(cfg), init_cache(cfg, 2, 48, split), []
+    run = jax.jit(lambda tokens, positions, cache: decoder.apply({"params": lm.params}, tokens, positions, cache))
     for start, length in [(0, 16), *((t, 1) for t in range(16, 24))]:
         positions = np.broadcast_to(np.arange(start, start + length), (2, length))
         logits, cache = run(tokens[:, start : start + length], positions, cache)
         steps.append(logits)
     np.testing.assert_allclose(np.concatenate(steps, axis=1), full, atol=2e-5)
+
+
+def test_prefill_then_decode_equals_one_forward(family):
+    check_calls(family, split=True)
+
+
+@pytest.mark.parametrize("family", ["llama3", "mistral"])
+def test_so_it_does_with_the_cache_of_other_platforms(family):
+    check_calls(jaxllm.init(FAMILIES[family]), split=False)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
