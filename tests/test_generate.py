@@ -112,13 +112,13 @@ def unsharded(request, tiny):
     return lm, prompts, [result.tokens for result in results]
 
 
-@pytest.mark.parametrize("mesh", [{"model": 4}, {"data": 2, "model": 2}])
+@pytest.mark.parametrize("mesh", [{"model": 2, "share": 2}, {"data": 2, "model": 2}])
 def test_sharded_equals_unsharded(unsharded, mesh):
     lm, prompts, expected = unsharded
     engine = jaxllm.compile(lm, batch=4, max_len=64, mesh=jaxllm.make_mesh(**mesh))
     assert [result.tokens for result in engine.generate(prompts, max_new_tokens=12)] == expected
     for part in jax.tree.leaves(engine.params["layers_0"]["mlp"]["gate"]["w"]):
-        assert part.addressable_shards[0].data.shape[0] == TINY.ffw_dim // mesh["model"]
+        assert part.addressable_shards[0].data.shape[0] == TINY.ffw_dim // (mesh["model"] * mesh.get("share", 1))
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,7 @@ def test_sharded_equals_unsharded(unsharded, mesh):
         ({"model": 3}, 1, r"vocab_size=256 does not divide .* model=3 .*\[1, 2, 4\]"),
         ({"data": 4}, 2, r"batch=2 does not divide .* data=4 .*\[1, 2\]"),
         ({"model": 8}, 1, "needs 8 devices; there are 4"),
+        ({"share": 3}, 1, r"vocab_size=256 does not divide .* share=3 \(3 devices\)"),
     ],
 )
 def test_a_mesh_that_does_not_divide_is_refused(tiny, mesh, batch, message):
