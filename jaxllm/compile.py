@@ -111,10 +111,10 @@ class Lowering:
         for name, value in {"batch": batch, "max_len": max_len}.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a positive integer.")
-        if mesh is not None:
-            shard.check_mesh(cfg, mesh, batch, rules)
         self.chunks = [size for size in CHUNKS if size < max_len] or [CHUNKS[0]]
         self.slots = -(-max_len // self.chunks[-1]) * self.chunks[-1]
+        if mesh is not None:
+            shard.check_mesh(cfg, mesh, batch, rules, self.slots)
         self._batch, self._sharded = batch, (sharded := _Shardings(cfg, mesh, rules))
         self._decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
         self._make_state = functools.partial(_start, cfg, batch, self.slots, sharded.on_cpu)

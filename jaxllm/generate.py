@@ -254,11 +254,20 @@ def plan_prefill(length: int, chunks: Sequence[int]) -> Iterator[int]:
         length -= chunk
 
 
-def compile(lm: LM, *, batch: int = 1, max_len: int | None = None, mesh: Mesh | None = None) -> Engine:
+def compile(
+    lm: LM,
+    *,
+    batch: int = 1,
+    max_len: int | None = None,
+    mesh: Mesh | None = None,
+    rules: shard.Rules = shard.RULES,
+) -> Engine:
     """Compiles a model for generation and puts its weights on the devices.
 
     batch: prompts that run together. max_len: tokens of prompt and answer; by default 2048 or what the model was
-    trained for, if that is less. mesh: from `make_mesh`; None for one device.
+    trained for, if that is less. mesh: from `make_mesh`; None for one device. rules: what the mesh's axes split:
+    `shard.RULES`, tensor parallel; `shard.SEQUENCE_PARALLEL`, the cache of devices that share KV heads as well;
+    `shard.FULLY_SHARDED`, the weights also over the batch's devices.
 
     Raises ValueError when max_len is more than the model was trained for or the mesh does not divide the model.
     """
@@ -268,7 +277,7 @@ def compile(lm: LM, *, batch: int = 1, max_len: int | None = None, mesh: Mesh | 
         # A program compiled ahead refuses every sharded int4 array here, taking its layout for another (jax 0.10). On
         # CPU an int4 takes a byte in any case.
         params = jax.tree.map(lambda x: x.astype(jnp.int8) if x.dtype == jnp.int4 else x, params)
-    programs = compile_programs(lm.cfg, params, batch, max_len, mesh)
+    programs = compile_programs(lm.cfg, params, batch, max_len, mesh, rules=rules)
     if mesh is not None:
-        params = jax.device_put(params, shard.param_shardings(lm.cfg, params, mesh))
+        params = jax.device_put(params, shard.param_shardings(lm.cfg, params, mesh, rules))
     return Engine(lm.cfg, params, programs, lm.tokenizer, max_len, mesh)

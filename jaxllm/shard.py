@@ -58,12 +58,16 @@ def make_mesh(data: int = 1, model: int = 1, share: int = 1, devices: Sequence[A
     return Mesh(np.array(devices[:need]).reshape(data, model, share), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_mesh(cfg: ModelConfig, mesh: Mesh, batch: int, rules: Rules = RULES) -> None:
-    """Raises ValueError when the mesh does not divide a sharded dimension, naming the sizes that would."""
+def check_mesh(cfg: ModelConfig, mesh: Mesh, batch: int, rules: Rules = RULES, slots: int = 0) -> None:
+    """Raises ValueError when the mesh does not divide a sharded dimension, naming the sizes that would.
+
+    slots: of the cache; 0 where they are not known yet.
+    """
     if tuple(mesh.axis_names) != AXES:
         raise ValueError(f"The mesh has axes {mesh.axis_names}; expected {AXES}. jaxllm.make_mesh makes one.")
     sizes = {
         ("batch", "batch"): batch,
+        ("slots", "slots"): slots,
         ("vocab_size", "vocab"): cfg.vocab_size,
         ("embed_dim", "embed"): cfg.embed_dim,
         ("num_kv_heads", "kv_heads"): math.gcd(*cfg.widths("num_kv_heads")),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jaxllm
+from jaxllm import shard
 from jaxllm.cache import init_cache
 from jaxllm.generate import plan_prefill
 from jaxllm.models.decoder import Decoder
@@ -119,6 +120,33 @@ def test_sharded_equals_unsharded(unsharded, mesh):
     assert [result.tokens for result in engine.generate(prompts, max_new_tokens=12)] == expected
     for part in jax.tree.leaves(engine.params["layers_0"]["mlp"]["gate"]["w"]):
         assert part.addressable_shards[0].data.shape[0] == TINY.ffw_dim // (mesh["model"] * mesh.get("share", 1))
+
+
+@pytest.mark.parametrize(
+    ("rules", "mesh", "leaf", "shape"),
+    [
+        (shard.SEQUENCE_PARALLEL, {"share": 4}, "cache", (4, 4, 8, 16)),
+        (shard.FULLY_SHARDED, {"data": 4}, "params", (64, 8)),
+    ],
+)
+def test_other_rules_equal_one_device_too(unsharded, rules, mesh, leaf, shape):
+    lm, prompts, expected = unsharded
+    engine = jaxllm.compile(lm, batch=4, max_len=64, mesh=jaxllm.make_mesh(**mesh), rules=rules)
+    assert [result.tokens for result in engine.generate(prompts, max_new_tokens=12)] == expected
+    gate = jax.tree.leaves(engine.params["layers_0"]["mlp"]["gate"]["w"])[0]
+    part = engine.programs.start().cache.k[0] if leaf == "cache" else gate
+    assert part.addressable_shards[0].data.shape == shape
+
+
+def test_slots_that_do_not_divide_are_refused(tiny):
+    with pytest.raises(ValueError, match=r"slots=64 does not divide .* share=3"):
+        shard.check_mesh(
+            dataclasses.replace(TINY, vocab_size=258, num_heads=12, ffw_dim=66),
+            jaxllm.make_mesh(share=3),
+            1,
+            shard.SEQUENCE_PARALLEL,
+            slots=64,
+        )
 
 
 @pytest.mark.parametrize(
