@@ -35,6 +35,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     if args.prompt_tokens > min(contexts):
         raise ValueError(f"--prompt-tokens {args.prompt_tokens} do not fit a context of {min(contexts)}.")
     cfg = config(args.model, args.dtype)
+    for format in formats:
+        planning.abstract_params(cfg, format)  # a wrong one is told first
     found = []
     for candidate in planning.sweep(
         cfg, slices, formats, batches, contexts, args.kv, args.prompt_tokens, args.price, args.exact, args.all_meshes
