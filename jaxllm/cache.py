@@ -65,13 +65,12 @@ def init_cache(cfg: ModelConfig, batch: int, slots: int, split: bool = True) -> 
         return Rounded(jnp.zeros(shape, jnp.int8), jnp.zeros(scale, jnp.float32))
 
     H, heads = cfg.head_dim, cfg.widths("num_kv_heads")
-    v = tuple(entries(batch, K, slots, H, head_axis=3) for K in heads)
-    k = tuple(entries(batch, K, H, slots, head_axis=2) for K in heads) if split else tuple(map(_copy, v))
-    return KVCache(k, v, split)
 
+    def rows() -> tuple[Entries, ...]:
+        return tuple(entries(batch, K, slots, H, head_axis=3) for K in heads)
 
-def _copy(entries: Entries) -> Entries:
-    return jax.tree.map(jnp.zeros_like, entries)  # a buffer of its own: all are donated
+    k = tuple(entries(batch, K, H, slots, head_axis=2) for K in heads) if split else rows()
+    return KVCache(k, rows(), split)
 
 
 def round_int8(x_BTKH: jax.Array) -> Rounded:

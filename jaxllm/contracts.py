@@ -85,17 +85,19 @@ class _Leaf:
 
     def __init__(self, path: str, leaf: Any):
         values = leaf.values if isinstance(leaf, QArray) else leaf
-        sharding = getattr(values, "sharding", None)
-        self.path, self.quantised = path, isinstance(leaf, QArray)
-        self.dims = tuple(values.shape if sharding is None else sharding.shard_shape(values.shape))
+        self.path, self.quantised, self.dims = path, isinstance(leaf, QArray), _dims(values)
         self.extent = tuple(sorted(size for size in self.dims if size > 1))
         self.nbytes = math.prod(self.dims) * values.dtype.itemsize
 
 
-def _nbytes(leaf: Any) -> int:
+def _dims(leaf: Any) -> tuple[int, ...]:
+    """On one device."""
     sharding = getattr(leaf, "sharding", None)
-    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
+    return tuple(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
+
+
+def _nbytes(leaf: Any) -> int:
+    return math.prod(_dims(leaf)) * leaf.dtype.itemsize
 
 
 def _weights(module: hlo.Module, weights: list[_Leaf]) -> Iterator[Breach]:
@@ -117,10 +119,7 @@ def _weights(module: hlo.Module, weights: list[_Leaf]) -> Iterator[Breach]:
 def _copies(module: hlo.Module, weights: list[_Leaf], state: Any) -> Iterator[Breach]:
     """Nothing as large as a weight or a layer's cache is only moved, or laid out anew."""
     sizes = {math.prod(w.dims) for w in weights if w.nbytes >= _SMALL}
-    for leaf in jax.tree.leaves(state):
-        sharding = getattr(leaf, "sharding", None)
-        if _nbytes(leaf) >= _SMALL:
-            sizes.add(math.prod(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)))
+    sizes |= {math.prod(_dims(leaf)) for leaf in jax.tree.leaves(state) if _nbytes(leaf) >= _SMALL}
     for name, i in module.executed():
         shape = i.shapes[0] if i.shapes else None
         if shape is None or shape.space or shape.size not in sizes or shape.nbytes < _SMALL:

@@ -50,6 +50,7 @@ class Engine:
     tokenizer: Tokenizer | None
     max_len: int
     mesh: Mesh | None
+    rules: shard.Rules
 
     def generate(
         self,
@@ -173,10 +174,12 @@ class Engine:
             return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
         looked_up = 0 if self.cfg.tie_embeddings else nbytes(self.params["embed"])
-        devices = 1 if self.mesh is None else self.mesh.size
         cache = jax.eval_shape(lambda: init_cache(self.cfg, self.programs.batch, self.programs.slots))
-        kv = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-        return nbytes(self.params) - looked_up + kv // devices
+        if self.mesh is not None:
+            shardings = shard.cache_shardings(self.cfg, self.mesh, cache.split, self.rules)
+            cache = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, shardings)
+            return nbytes(self.params) - looked_up + nbytes(cache)
+        return nbytes(self.params) - looked_up + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
 @dataclasses.dataclass
@@ -280,4 +283,4 @@ def compile(
     programs = compile_programs(lm.cfg, params, batch, max_len, mesh, rules=rules)
     if mesh is not None:
         params = jax.device_put(params, shard.param_shardings(lm.cfg, params, mesh, rules))
-    return Engine(lm.cfg, params, programs, lm.tokenizer, max_len, mesh)
+    return Engine(lm.cfg, params, programs, lm.tokenizer, max_len, mesh, rules)

@@ -8,6 +8,7 @@ same each. `exact=True` compiles all of them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -333,6 +334,7 @@ def _key(cfg: ModelConfig, case: Case, kind: str) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 
+@functools.cache
 def _source() -> str:
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.rglob("*.py")):

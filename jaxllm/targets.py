@@ -22,14 +22,13 @@ _GiB = 2**30
 class Chip:
     """What one device can do, as the vendor states it.
 
-    devices: how many JAX sees in a chip. axes: of the grids that chips are connected in.
+    axes: of the grids that chips are connected in.
     hbm_bytes: that a program may use; the compiler refuses more. memory_bytes_per_s: of HBM.
     flops, int8_flops: of matmuls a second; equal where int8 is no faster.
     clock_hz: of the cycles that the compiler estimates.
     link_bytes_per_s: of a link to a neighbouring chip, in one direction.
     """
 
-    devices: int
     axes: int
     hbm_bytes: float
     memory_bytes_per_s: float
@@ -42,11 +41,11 @@ class Chip:
 # From Google's pages of each generation and jax's table for Pallas kernels; the clocks are inferred, from peak FLOPs
 # and the size of the matmul units.
 CHIPS = {
-    "v4": Chip(2, 3, 15.75 * _GiB, 0.614e12, 137e12, 137e12, 1.05e9, 45e9),
-    "v5e": Chip(1, 2, 15.75 * _GiB, 0.82e12, 197e12, 394e12, 1.5e9, 45e9),
-    "v5p": Chip(1, 3, 94.75 * _GiB, 2.46e12, 459e12, 918e12, 1.75e9, 90e9),
-    "v6e": Chip(1, 2, 31.25 * _GiB, 1.64e12, 920e12, 1840e12, 1.75e9, 90e9),
-    "tpu7x": Chip(2, 3, 94.75 * _GiB, 3.7e12, 1155e12, 1155e12, 1.75e9, 90e9),
+    "v4": Chip(3, 15.75 * _GiB, 0.614e12, 137e12, 137e12, 1.05e9, 45e9),
+    "v5e": Chip(2, 15.75 * _GiB, 0.82e12, 197e12, 394e12, 1.5e9, 45e9),
+    "v5p": Chip(3, 94.75 * _GiB, 2.46e12, 459e12, 918e12, 1.75e9, 90e9),
+    "v6e": Chip(2, 31.25 * _GiB, 1.64e12, 920e12, 1840e12, 1.75e9, 90e9),
+    "tpu7x": Chip(3, 94.75 * _GiB, 3.7e12, 1155e12, 1155e12, 1.75e9, 90e9),
 }
 _GRIDS = {
     2: [(1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)],

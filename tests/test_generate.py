@@ -134,8 +134,11 @@ def test_other_rules_equal_one_device_too(unsharded, rules, mesh, leaf, shape):
     engine = jaxllm.compile(lm, batch=4, max_len=64, mesh=jaxllm.make_mesh(**mesh), rules=rules)
     assert [result.tokens for result in engine.generate(prompts, max_new_tokens=12)] == expected
     gate = jax.tree.leaves(engine.params["layers_0"]["mlp"]["gate"]["w"])[0]
-    part = engine.programs.start().cache.k[0] if leaf == "cache" else gate
+    state = engine.programs.start()
+    part = state.cache.k[0] if leaf == "cache" else gate
     assert part.addressable_shards[0].data.shape == shape
+    on_one = [x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((engine.params, state.cache))]
+    assert engine.step_bytes == sum(on_one)
 
 
 def test_slots_that_do_not_divide_are_refused(tiny):

@@ -48,7 +48,7 @@ def reader(path: Path, *, origin: str, dtype: str | None = None) -> Reader:
     Raises ValueError, before any weight is read, for an architecture, a file, a tensor or a shape that is not as it
     should be. Pickles (pytorch_model.bin) are not read: they can run code.
     """
-    cfg, quantization = _read_config(path / "config.json", dtype)
+    cfg, quantization = read_config(path / "config.json", dtype)
     files: dict[str, Path] = {}
     headers: dict[str, Header] = {}
     for shard in _shards(path):
@@ -173,8 +173,8 @@ def _write(lm: LM, cfg: ModelConfig, path: Path, tensors: Mapping[str, Tensor], 
         (temp / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_config(file: Path, dtype: str | None) -> tuple[ModelConfig, Any]:
-    """And quantization_config, as it is."""
+def read_config(file: Path, dtype: str | None) -> tuple[ModelConfig, Any]:
+    """A config.json, with its quantization_config as it is. Raises ValueError, naming the file, for any other."""
     hf = names.read_json(file) | ({} if dtype is None else {"dtype": dtype})
     quantization = hf.pop("quantization_config", None)
     try:

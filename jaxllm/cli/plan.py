@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +16,10 @@ from rich.table import Table
 from jaxllm import plan as planning
 from jaxllm import targets
 from jaxllm.checkpoint import load_header
+from jaxllm.checkpoint.hf import read_config
 from jaxllm.cli import common
-from jaxllm.config import ModelConfig, from_hf
+from jaxllm.config import ModelConfig
 from jaxllm.examine import Examined, examine
-
-_CONFIG_BYTES = 1 << 20
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,15 +110,7 @@ def config(model: str, dtype: str) -> ModelConfig:
     """Of a config.json, or of anything that `load` takes. dtype: of float weights and activations."""
     path = Path(model)
     if path.suffix == ".json" and path.is_file():
-        if path.stat().st_size > _CONFIG_BYTES:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes; a config.json has a few thousand.")
-        try:
-            values = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} is no config.json: expected an object.")
-        return dataclasses.replace(from_hf(values), dtype=dtype)
+        return read_config(path, dtype)[0]
     return load_header(model, dtype, log=common.log).cfg
 
 
