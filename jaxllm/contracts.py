@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from jaxllm import hlo
+from jaxllm import hlo, hlo_cost
 from jaxllm.arrays import QArray
 from jaxllm.params import Params, flatten
 
@@ -124,7 +124,7 @@ def _copies(module: hlo.Module, weights: list[_Leaf], state: Any) -> Iterator[Br
         shape = i.shapes[0] if i.shapes else None
         if shape is None or shape.space or shape.size not in sizes or shape.nbytes < _SMALL:
             continue
-        if hlo.moves_only(module, i):
+        if hlo_cost.moves_only(module, i):
             yield Breach(
                 "weights and cache are not copied",
                 f"{i.name} in {name} writes {shape.dtype}{list(shape.dims)} ({i.source or 'made by the compiler'})",
@@ -134,7 +134,7 @@ def _copies(module: hlo.Module, weights: list[_Leaf], state: Any) -> Iterator[Br
 
 def _vector_matmul(module: hlo.Module, weights: list[_Leaf]) -> Iterator[Breach]:
     """Matmuls run on the matmul units."""
-    low, _ = hlo.cost(module)
+    low, _ = hlo_cost.cost(module)
     least = sum(math.prod(w.dims) for w in weights if len(w.extent) > 1 and not w.path.startswith("embed"))
     if low.flops < least:
         yield Breach(

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from jaxllm import contracts, hlo, plan, shard, targets
+from jaxllm import contracts, hlo, hlo_cost, plan, shard, targets
 from jaxllm.compile import STEPS, Lowering
 from jaxllm.config import ModelConfig
 
@@ -101,6 +101,6 @@ def _buffers(compiled: Any) -> Iterator[Buffer]:
     for computation, i in module.executed():
         if i.op in ("parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional") or "-" in i.op:
             continue  # of starts and their ends, what they begin with lies elsewhere
-        for shape, size in hlo.written(module, i, module.computations[computation]):
+        for shape, size in hlo_cost.written(module, i, module.computations[computation]):
             if size is None and shape.memory_bytes():
                 yield Buffer(shape.memory_bytes(), f"{shape.dtype}{list(shape.dims)}", i.source)

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm import formats, hlo, shard, targets
+from jaxllm import formats, hlo, hlo_cost, shard, targets
 from jaxllm.compile import CHUNKS, Lowering
 from jaxllm.config import WIDTHS, ModelConfig
 from jaxllm.hub import cache_dir
@@ -65,14 +65,14 @@ class Program:
     argument_bytes: float
     temp_bytes: float
     program_bytes: float
-    low: hlo.Cost
-    high: hlo.Cost
+    low: hlo_cost.Cost
+    high: hlo_cost.Cost
     compile_s: float
 
     @classmethod
     def of(cls, compiled: Any, compile_s: float) -> Program:
         memory = compiled.memory_analysis()
-        low, high = hlo.cost(hlo.parse(compiled.as_text()))
+        low, high = hlo_cost.cost(hlo.parse(compiled.as_text()))
         code = memory.generated_code_size_in_bytes
         return cls(memory.argument_size_in_bytes, memory.temp_size_in_bytes, code, low, high, compile_s)
 
@@ -92,7 +92,7 @@ class Program:
         )
 
 
-_NOTHING = Program(math.nan, math.nan, 0.0, hlo.Cost(), hlo.Cost(), 0.0)
+_NOTHING = Program(math.nan, math.nan, 0.0, hlo_cost.Cost(), hlo_cost.Cost(), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +263,7 @@ def interval(program: Program, target: Target) -> tuple[float, float, str]:
     """Seconds of a run, least and most, and what makes the least."""
     chip = target.chip
 
-    def floors(cost: hlo.Cost) -> dict[str, float]:
+    def floors(cost: hlo_cost.Cost) -> dict[str, float]:
         links = sum(size > 1 for size in target.grid)
         return {
             "memory": cost.memory_bytes / chip.memory_bytes_per_s,
@@ -323,7 +323,7 @@ def too_large(message: str) -> str:
 
 
 def _from_json(stored: dict[str, Any]) -> Program:
-    costs: dict[str, Any] = {end: hlo.Cost(**stored[end]) for end in ("low", "high")}
+    costs: dict[str, Any] = {end: hlo_cost.Cost(**stored[end]) for end in ("low", "high")}
     return Program(**(stored | costs))
 
 

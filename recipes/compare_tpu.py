@@ -18,7 +18,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxllm import hlo, plan, shard, targets
+from jaxllm import hlo, hlo_cost, plan, shard, targets
 from jaxllm.compile import Lowering
 from jaxllm.config import from_hf
 
@@ -74,7 +74,7 @@ def row(name, lowered, target):
         "cycles_ms": found.low.cycles / target.chip.clock_hz * 1e3,
         "collectives": sum(found.low.collectives.values()),
         "collective_bytes": found.low.collective_bytes,
-        "copies": sum(hlo.moves_only(m, i) for m in [hlo.parse(compiled.as_text())] for _, i in m.executed()),
+        "copies": sum(hlo_cost.moves_only(m, i) for m in [hlo.parse(compiled.as_text())] for _, i in m.executed()),
         "compile_s": found.compile_s,
     }
 

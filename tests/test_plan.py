@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxllm
-from jaxllm import contracts, hlo, plan, shard, targets
+from jaxllm import contracts, hlo_cost, plan, shard, targets
 from jaxllm.compile import Lowering
 from jaxllm.config import to_hf
 from jaxllm.params import flatten
@@ -139,7 +139,7 @@ def test_meshes_share_kv_heads_only_where_they_must():
 
 
 def program(**changes):
-    cost = hlo.Cost(memory_bytes=0.82e9, flops=1.97e9, cycles=3e6, **changes)
+    cost = hlo_cost.Cost(memory_bytes=0.82e9, flops=1.97e9, cycles=3e6, **changes)
     return plan.Program(1.0, 1.0, 1.0, cost, cost, 0.0)
 
 
