@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -95,8 +96,8 @@ def compile_programs(
 class Lowering:
     """A model's programs, traced for a batch, length and mesh: each method returns one, to be compiled.
 
-    Arguments and errors as of `compile_programs`. The mesh's devices need not be at hand. params and state: shapes and
-    shardings of the first two arguments of all programs but `start`.
+    Arguments and errors as of `compile_programs`. The mesh's devices need not be at hand. platform: "cpu" or another,
+    where no mesh tells. params and state: shapes and shardings of the first two arguments of most programs.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Lowering:
         max_len: int,
         mesh: Mesh | None,
         rules: shard.Rules = shard.RULES,
+        platform: str | None = None,
     ):
         for name, value in {"batch": batch, "max_len": max_len}.items():
             if not isinstance(value, int) or value < 1:
@@ -115,37 +117,58 @@ class Lowering:
         self.slots = -(-max_len // self.chunks[-1]) * self.chunks[-1]
         if mesh is not None:
             shard.check_mesh(cfg, mesh, batch, rules, self.slots)
-        self._batch, self._sharded = batch, (sharded := _Shardings(cfg, mesh, rules))
+            platform = mesh.devices.flat[0].platform
+        self._cfg, self._batch, self._sharded = cfg, batch, (sharded := _Shardings(cfg, mesh, rules))
         self._decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
-        self._make_state = functools.partial(_start, cfg, batch, self.slots, sharded.on_cpu)
-        self.state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state())
+        split = (platform or jax.default_backend()) == "cpu"
+        self._make_state = functools.partial(_start, cfg, batch, self.slots, split)
+        self.state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state(split))
         self.params = sharded.abstract(params, sharded.params(params))
-        self._how = jax.eval_shape(lambda: as_arrays(Sampling(), frozenset()))
-        self._number = jax.ShapeDtypeStruct((), jnp.int32)
+        self._probes = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in shard.axes_of(rules["batch"]))
 
     def start(self) -> Any:
-        return jax.jit(self._make_state, out_shardings=self._sharded.state()).lower()
+        return self._lower("start", 0, self._make_state)
 
     def prefill(self, chunk: int) -> Any:
-        tokens, lengths = (
-            self._sharded.abstract(jax.ShapeDtypeStruct(shape, jnp.int32), self._sharded.batch(len(shape)))
-            for shape in ((self._batch, chunk), (self._batch,))
-        )
-        prefill = self._jit(functools.partial(_prefill, self._decoder), rank=1)
-        return prefill.lower(self.params, self.state, tokens, self._number, lengths, lengths, self._how)
+        return self._lower("prefill", chunk, functools.partial(_prefill, self._decoder))
 
     def decode(self, steps: int) -> Any:
-        decode = self._jit(functools.partial(_decode, self._decoder, steps), rank=2)
-        return decode.lower(self.params, self.state, self._number, self._how)
+        return self._lower("decode", steps, functools.partial(_decode, self._decoder, steps))
 
     def step(self) -> Any:
         """One decode step without the loop around it: what `decode` does over and over."""
-        step = self._jit(functools.partial(_step, self._decoder), rank=1)
-        return step.lower(self.params, self.state, self._how)
+        return self._lower("step", 0, functools.partial(_step, self._decoder))
 
-    def _jit(self, program: Callable[..., Any], rank: int) -> Any:
-        """rank: of the tokens that it gives, beside the state."""
-        return jax.jit(program, donate_argnums=1, out_shardings=(self._sharded.state(), self._sharded.batch(rank)))
+    def probe(self, length: int) -> Any:
+        """(params, tokens [R, length]) -> float32 logits [R, length, V]; no cache. R: how often the batch is split."""
+        return self._lower("probe", length, functools.partial(_probe, self._decoder))
+
+    def signature(self, kind: str, size: int) -> tuple[tuple[Any, ...], Any]:
+        """Shapes and shardings of what a program takes and gives. kind: a method's name; size: its argument, or 0."""
+        row, number = self._array("batch", shape=(self._batch,)), self._array()
+        if kind == "probe":
+            tokens = self._array("batch", None, shape=(self._probes, size))
+            logits = (self._probes, size, self._cfg.vocab_size)
+            return (self.params, tokens), self._array(None, None, None, shape=logits, dtype="float32")
+        how = jax.eval_shape(lambda: as_arrays(Sampling(), frozenset()))
+        how = jax.tree.map(lambda x: self._array(*(None,) * x.ndim, shape=x.shape, dtype=x.dtype), how)
+        tokens = self._array("batch", None, shape=(self._batch, size))
+        return {
+            "start": ((), self.state),
+            "prefill": ((self.params, self.state, tokens, number, row, row, how), (self.state, row)),
+            "decode": ((self.params, self.state, number, how), (self.state, tokens)),
+            "step": ((self.params, self.state, how), (self.state, row)),
+        }[kind]
+
+    def _array(self, *axes: str | None, shape: tuple[int, ...] = (), dtype: Any = "int32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._sharded.of(*axes))
+
+    def _lower(self, kind: str, size: int, program: Callable[..., Any]) -> Any:
+        arguments, results = self.signature(kind, size)
+        donated = 1 if kind in ("prefill", "decode", "step") else ()
+        shardings = None if self._sharded.mesh is None else jax.tree.map(lambda x: x.sharding, results)
+        # Unused arguments stay: what a program takes is its signature.
+        return jax.jit(program, donate_argnums=donated, keep_unused=True, out_shardings=shardings).lower(*arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,23 +179,18 @@ class _Shardings:
     mesh: Mesh | None
     rules: shard.Rules = dataclasses.field(hash=False)
 
-    @property
-    def on_cpu(self) -> bool:
-        platform = jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
-        return platform == "cpu"
+    def of(self, *axes: str | None) -> Any:
+        return None if self.mesh is None else shard.sharding(self.mesh, self.rules, *axes)
 
     def params(self, params: Params) -> Any:
         return None if self.mesh is None else shard.param_shardings(self.cfg, params, self.mesh, self.rules)
 
-    def batch(self, rank: int) -> Any:
-        return None if self.mesh is None else shard.sharding(self.mesh, self.rules, "batch", *(None,) * (rank - 1))
-
-    def state(self) -> Any:
+    def state(self, split: bool) -> Any:
         if self.mesh is None:
             return None
-        row = self.batch(1)
-        cache = shard.cache_shardings(self.cfg, self.mesh, self.on_cpu, self.rules)
-        return State(cache, row, row, row, row, self.batch(2))
+        row = self.of("batch")
+        cache = shard.cache_shardings(self.cfg, self.mesh, split, self.rules)
+        return State(cache, row, row, row, row, self.of("batch", None))
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Pins an array with these logical axes; left free, propagation may split it and pay with collectives."""
@@ -186,16 +204,21 @@ class _Shardings:
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def _start(cfg: ModelConfig, batch: int, slots: int, on_cpu: bool) -> State:
+def _start(cfg: ModelConfig, batch: int, slots: int, split: bool) -> State:
     def zeros(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
         return jnp.zeros((batch, *shape), dtype)  # a buffer each: all are donated
 
-    cache = init_cache(cfg, batch, slots, split=on_cpu)
+    cache = init_cache(cfg, batch, slots, split)
     return State(cache, zeros(), zeros(), zeros(), zeros(dtype=bool), zeros(cfg.vocab_size, dtype=bool))
 
 
 def _apply(decoder: Decoder, params: Params, *args: jax.Array | KVCache) -> tuple[jax.Array, Any]:
     return decoder.apply({"params": params}, *args)  # pyright: ignore[reportReturnType]
+
+
+def _probe(decoder: Decoder, params: Params, tokens_RT: jax.Array) -> jax.Array:
+    positions_RT = jnp.broadcast_to(jnp.arange(tokens_RT.shape[1]), tokens_RT.shape)
+    return _apply(decoder, params, tokens_RT, positions_RT)[0]
 
 
 def _prefill(

@@ -75,9 +75,9 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh, batch: int, rules: Rules = RULES, s
         ("ffw_dim", "ffw"): math.gcd(*cfg.widths("ffw_dim")),
     }
     for (name, logical), size in sizes.items():
-        axes = _axes(rules[logical])
+        axes = axes_of(rules[logical])
         if size % (chips := math.prod(mesh.shape[axis] for axis in axes)):
-            split = [key for key in sizes if _axes(rules[key[1]])[:1] == axes[:1]]
+            split = [key for key in sizes if axes_of(rules[key[1]])[:1] == axes[:1]]
             common = math.gcd(*(sizes[key] for key in split))
             fits = [n for n in range(1, common + 1) if common % n == 0]
             over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in axes if mesh.shape[axis] > 1)
@@ -88,7 +88,8 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh, batch: int, rules: Rules = RULES, s
             )
 
 
-def _axes(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def axes_of(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that a rule names."""
     return () if rule is None else (rule,) if isinstance(rule, str) else rule
 
 
@@ -107,7 +108,7 @@ def param_shardings(cfg: ModelConfig, params: Params, mesh: Mesh, rules: Rules =
         if not isinstance(leaf, QArray):
             return values
         kept = leaf.scale.ndim - 1
-        chips = math.prod(mesh.shape[axis] for axis in _axes(rules[axes[kept]]))
+        chips = math.prod(mesh.shape[axis] for axis in axes_of(rules[axes[kept]]))
         scale = sharding(mesh, rules, *axes[:kept], axes[kept] if leaf.groups % chips == 0 else None)
         return QArray(
             values,  # pyright: ignore[reportArgumentType]
