@@ -23,6 +23,7 @@ from jaxllm.params import Params
 from jaxllm.sample import Sampling, SamplingArrays, as_arrays, next_token
 
 CHUNKS = (16, 64, 256)  # tokens of a prompt that one prefill call takes; the smallest that fits is used
+DONATING = ("prefill", "decode", "step")  # programs that are given the state, their second argument
 STEPS = 8  # tokens that one decode call yields, at most
 
 
@@ -57,6 +58,20 @@ class Programs:
     prefill: Mapping[int, Callable[..., tuple[State, jax.Array]]]
     decode: Callable[..., tuple[State, jax.Array]]
 
+    @classmethod
+    def of(cls, compiled: Mapping[str, Any], batch: int, slots: int) -> Programs:
+        """compiled: by the names of `Lowering.serving`."""
+        each = {name: parse(name) for name in compiled}
+        prefill = {size: compiled[name] for name, (kind, size) in each.items() if kind == "prefill"}
+        decode = next(compiled[name] for name, (kind, _) in each.items() if kind == "decode")
+        return cls(batch, slots, compiled["start"], prefill, decode)
+
+
+def parse(name: str) -> tuple[str, int]:
+    """("prefill", 16) of a program's name "prefill 16"; a size of 0 where it has none."""
+    kind, _, size = name.partition(" ")
+    return kind, int(size or 0)
+
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs on disk, under the cache directory, unless the user has chosen a place already."""
@@ -85,12 +100,10 @@ def compile_programs(
         raise ValueError(f"steps is {steps!r}; expected a positive integer.")
     use_compilation_cache()
     lower = Lowering(cfg, params, batch, max_len, mesh, rules)
-    lowered: dict[Any, Any] = {"start": lower.start(), "decode": lower.decode(steps)}
-    lowered |= {chunk: lower.prefill(chunk) for chunk in lower.chunks}
+    lowered = lower.serving(steps)
     with ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
         compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values()), strict=True))
-    prefill = {chunk: compiled[chunk] for chunk in lower.chunks}
-    return Programs(batch, lower.slots, compiled["start"], prefill, compiled["decode"])
+    return Programs.of(compiled, batch, lower.slots)
 
 
 class Lowering:
@@ -126,25 +139,42 @@ class Lowering:
         self.params = sharded.abstract(params, sharded.params(params))
         self._probes = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in shard.axes_of(rules["batch"]))
 
+    def serving(self, steps: int = STEPS) -> dict[str, Any]:
+        """What generation needs, by name: "start", "prefill 16", …, "decode 8"."""
+        return {name: self._lower(*parse(name)) for name in self.names(steps)}
+
+    def names(self, steps: int = STEPS) -> list[str]:
+        return ["start", f"decode {steps}", *(f"prefill {chunk}" for chunk in self.chunks)]
+
     def start(self) -> Any:
-        return self._lower("start", 0, self._make_state)
+        return self._lower("start")
 
     def prefill(self, chunk: int) -> Any:
-        return self._lower("prefill", chunk, functools.partial(_prefill, self._decoder))
+        return self._lower("prefill", chunk)
 
     def decode(self, steps: int) -> Any:
-        return self._lower("decode", steps, functools.partial(_decode, self._decoder, steps))
+        return self._lower("decode", steps)
 
     def step(self) -> Any:
         """One decode step without the loop around it: what `decode` does over and over."""
-        return self._lower("step", 0, functools.partial(_step, self._decoder))
+        return self._lower("step")
 
     def probe(self, length: int) -> Any:
         """(params, tokens [R, length]) -> float32 logits [R, length, V]; no cache. R: how often the batch is split."""
-        return self._lower("probe", length, functools.partial(_probe, self._decoder))
+        return self._lower("probe", length)
 
-    def signature(self, kind: str, size: int) -> tuple[tuple[Any, ...], Any]:
-        """Shapes and shardings of what a program takes and gives. kind: a method's name; size: its argument, or 0."""
+    def function(self, kind: str, size: int = 0) -> Callable[..., Any]:
+        """A program before it is traced. kind: a method's name; size: its argument."""
+        return {
+            "start": self._make_state,
+            "prefill": functools.partial(_prefill, self._decoder),
+            "decode": functools.partial(_decode, self._decoder, size),
+            "step": functools.partial(_step, self._decoder),
+            "probe": functools.partial(_probe, self._decoder),
+        }[kind]
+
+    def signature(self, kind: str, size: int = 0) -> tuple[tuple[Any, ...], Any]:
+        """Shapes and shardings of what a program takes and gives. The state, where it is taken, is donated."""
         row, number = self._array("batch", shape=(self._batch,)), self._array()
         if kind == "probe":
             tokens = self._array("batch", None, shape=(self._probes, size))
@@ -163,9 +193,10 @@ class Lowering:
     def _array(self, *axes: str | None, shape: tuple[int, ...] = (), dtype: Any = "int32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._sharded.of(*axes))
 
-    def _lower(self, kind: str, size: int, program: Callable[..., Any]) -> Any:
+    def _lower(self, kind: str, size: int = 0) -> Any:
+        program = self.function(kind, size)
         arguments, results = self.signature(kind, size)
-        donated = 1 if kind in ("prefill", "decode", "step") else ()
+        donated = 1 if kind in DONATING else ()
         shardings = None if self._sharded.mesh is None else jax.tree.map(lambda x: x.sharding, results)
         # Unused arguments stay: what a program takes is its signature.
         return jax.jit(program, donate_argnums=donated, keep_unused=True, out_shardings=shardings).lower(*arguments)

@@ -275,12 +275,23 @@ def compile(
     Raises ValueError when max_len is more than the model was trained for or the mesh does not divide the model.
     """
     max_len = choose_max_len(lm.cfg, max_len)
-    params = lm.params
-    if mesh is not None and mesh.devices.flat[0].platform == "cpu":
-        # A program compiled ahead refuses every sharded int4 array here, taking its layout for another (jax 0.10). On
-        # CPU an int4 takes a byte in any case.
-        params = jax.tree.map(lambda x: x.astype(jnp.int8) if x.dtype == jnp.int4 else x, params)
+    params = storable(lm.params, mesh)
     programs = compile_programs(lm.cfg, params, batch, max_len, mesh, rules=rules)
     if mesh is not None:
         params = jax.device_put(params, shard.param_shardings(lm.cfg, params, mesh, rules))
     return Engine(lm.cfg, params, programs, lm.tokenizer, max_len, mesh, rules)
+
+
+def storable(params: Params, mesh: Mesh | None) -> Params:
+    """The weights, or their shapes, as the mesh's programs take them."""
+    if mesh is None or mesh.devices.flat[0].platform != "cpu":
+        return params
+
+    def widen(x: Any) -> Any:
+        if x.dtype != jnp.int4:
+            return x
+        return jax.ShapeDtypeStruct(x.shape, jnp.int8) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(jnp.int8)
+
+    # A program compiled ahead refuses every sharded int4 array on CPU, taking its layout for another (jax 0.10). There
+    # an int4 takes a byte in any case.
+    return jax.tree.map(widen, params)

@@ -19,6 +19,7 @@ from jaxllm.checkpoint.source import open_path
 from jaxllm.checkpoint.stream import optimize_checkpoint
 from jaxllm.compile import use_compilation_cache
 from jaxllm.lm import LM
+from jaxllm.params import unflatten
 
 __all__ = [
     "Estimate",
@@ -49,10 +50,14 @@ def load(
 def load_header(
     name_or_path: str | os.PathLike[str], dtype: str | None = None, *, log: Callable[[str], None] | None = None
 ) -> LM:
-    """The model without its weights: config, ledger and tokenizer; `params` is empty. Arguments as of `load`."""
+    """The model without its weights: config, ledger and tokenizer. Arguments as of `load`.
+
+    `params` holds their shapes as jax.ShapeDtypeStruct; it is empty for a checkpoint of another tool's quantisation,
+    of which only the weights tell.
+    """
     found = hub.resolve(name_or_path, log=log)
     reader = open_path(found.path, origin=found.origin, dtype=dtype)
-    return LM(reader.cfg, {}, reader.ledger, reader.tokenizer)
+    return LM(reader.cfg, unflatten(reader.shapes or {}), reader.ledger, reader.tokenizer)
 
 
 def load_path(path: str | os.PathLike[str], *, origin: str, dtype: str | None = None) -> LM:

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from jaxllm.checkpoint import names
-from jaxllm.checkpoint.reader import Lazy, Reader, in_group
+from jaxllm.checkpoint.reader import Lazy, Reader, float_shapes, in_group
 from jaxllm.config import LinearRope, Llama3Rope, ModelConfig
 from jaxllm.lm import Entry, param_info
 from jaxllm.models.layers import rope_frequencies
@@ -85,7 +85,7 @@ def reader(path: Path, *, origin: str, dtype: str | None = None) -> Reader:
 
     kinds = ", ".join(kind for kind, _ in matrices.most_common())
     args = {"origin": origin, "format": f"gguf {kinds}", "dtype": cfg.dtype}
-    return Reader(cfg, (Entry("load", args),), tokenizer, (path,), read)
+    return Reader(cfg, (Entry("load", args),), tokenizer, (path,), read, shapes=float_shapes(cfg))
 
 
 def _config(metadata: Mapping[str, Any], tensors: Mapping[str, _Tensor], dtype: str) -> ModelConfig:

@@ -17,7 +17,7 @@ from jaxllm.checkpoint import compressed, gptq_awq, names
 from jaxllm.checkpoint.leaves import check_leaves, describe
 from jaxllm.checkpoint.native import load_tokenizer, new_directory
 from jaxllm.checkpoint.pad import pad, widest
-from jaxllm.checkpoint.reader import Lazy, Reader, in_group
+from jaxllm.checkpoint.reader import Lazy, Reader, float_shapes, in_group
 from jaxllm.checkpoint.tensors import (
     FLOATS,
     Header,
@@ -93,7 +93,8 @@ def reader(path: Path, *, origin: str, dtype: str | None = None) -> Reader:
         assert quantization is not None
         quantised = [key for key, name in stored.items() if name.removesuffix(".weight") in modules]
         lm = record(lm, "quantize", {"imported": quantization["quant_method"]}, quantised)
-    return Reader(cfg, lm.ledger, tokenizer, (path / "config.json", *sorted(set(files.values()))), read)
+    sources = (path / "config.json", *sorted(set(files.values())))
+    return Reader(cfg, lm.ledger, tokenizer, sources, read, shapes=None if modules else float_shapes(cfg))
 
 
 def _quantised(

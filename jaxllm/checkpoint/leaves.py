@@ -124,6 +124,17 @@ def stored(leaf: Description, info: ParamInfo, dtype: str) -> dict[str, jax.Shap
     )
 
 
+def shaped(leaf: Description, info: ParamInfo, dtype: str) -> Any:
+    """The weight so described as shapes: a jax.ShapeDtypeStruct, or a QArray of them. dtype: as for `stored`."""
+    if leaf["kind"] != "qarray":
+        return jax.ShapeDtypeStruct(info.shape, jnp.dtype(dtype))
+    parts: dict[str, Any] = {
+        key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in stored(leaf, info, dtype).items()
+    }
+    parts["values"] = jax.ShapeDtypeStruct(info.shape, jnp.dtype(leaf["dtype"]))
+    return QArray(int8_inputs=leaf["int8_inputs"], **parts)
+
+
 def decode(leaf: Description, fields: Fields) -> Weight:
     """The inverse of `encode`. Empties `fields`, so that no array is held longer than it is needed.
 

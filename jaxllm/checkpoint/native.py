@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.arrays import Weight
-from jaxllm.checkpoint.leaves import Description, Fields, check_leaves, decode, describe, encode, stored
+from jaxllm.checkpoint.leaves import Description, Fields, check_leaves, decode, describe, encode, shaped, stored
 from jaxllm.checkpoint.names import BEYOND_FLOAT16, listing, read_json
 from jaxllm.checkpoint.reader import Lazy, Reader, in_group
 from jaxllm.config import ModelConfig
@@ -134,7 +134,8 @@ def reader(path: Path, *, dtype: str | None = None) -> Reader:
         if leaf["kind"] == "qarray" and (parts := stored(leaf, param_info(cfg)[key], cfg.dtype))
     }
     names = (path / MANIFEST, *(path / ARRAYS / name for name in files))
-    return Reader(target, ledger, tokenizer, names, read, bits)
+    shapes = {key: shaped(leaf, param_info(target)[key], target.dtype) for key, leaf in leaves.items()}
+    return Reader(target, ledger, tokenizer, names, read, bits, shapes)
 
 
 def load_tokenizer(path: Path) -> Tokenizer | None:

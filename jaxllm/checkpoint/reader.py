@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jaxllm.arrays import Weight
 from jaxllm.config import ModelConfig
-from jaxllm.lm import LM, Entry
+from jaxllm.lm import LM, Entry, param_info
 from jaxllm.params import unflatten
 from jaxllm.text import Tokenizer
 from jaxllm.transforms.layerwise import groups
@@ -24,6 +28,7 @@ class Reader:
         weight is not as the headers say.
     files: what they are read from.
     bits: a weight, scales included, by path, of those that are not of cfg.dtype.
+    shapes: the weights as jax.ShapeDtypeStruct, by path; None where only reading them tells.
     """
 
     cfg: ModelConfig
@@ -32,6 +37,7 @@ class Reader:
     files: tuple[Path, ...]
     read: Callable[[str], Lazy]
     bits: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    shapes: Mapping[str, Any] | None = None
 
     def lm(self) -> LM:
         """The model. Memory: its weights and a tensor more, or a group of jaxllm's own format."""
@@ -44,3 +50,8 @@ class Reader:
 def in_group(group: str, paths: Iterable[str]) -> dict[str, str]:
     """{path within the group: path} of those paths that are in it."""
     return {path.removeprefix(f"{group}/"): path for path in paths if path.startswith(f"{group}/")}
+
+
+def float_shapes(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of a model that nothing has quantised, by path."""
+    return {path: jax.ShapeDtypeStruct(info.shape, jnp.dtype(cfg.dtype)) for path, info in param_info(cfg).items()}

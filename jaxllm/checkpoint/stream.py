@@ -46,6 +46,7 @@ def optimize_checkpoint(
     origin: str | None = None,
     dtype: str | None = None,
     dry_run: bool = False,
+    finish: Callable[[Path], None] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Estimate:
     """Transforms a checkpoint into one in jaxllm's own format, without ever holding the model in memory.
@@ -60,6 +61,8 @@ def optimize_checkpoint(
     origin: a line for the ledger on where the files come from; by default what `hub.resolve` says.
     dtype: see `load_path`.
     dry_run: checks everything that can be checked without reading weights, and writes nothing.
+    finish: called with the directory of the result before that becomes `out`, to add files to it; called again when a
+        run that ended in it goes on.
     log: takes progress in whole lines; by default `logging.getLogger("jaxllm").info`.
     Memory: without calibration one weight more than a group of the result, with it a group, its statistics and the
         text's residual stream for each calibrated transform.
@@ -91,6 +94,8 @@ def optimize_checkpoint(
         return expected
     with work.open():
         _run(reader, stages, model, work, log)
+        if finish is not None:
+            finish(work.model)
         native.move(work.model, out)
         work.remove()
     return expected

@@ -1,0 +1,249 @@
+"""A model and the programs that run it on one target, in a directory: on that target nothing is compiled.
+
+A bundle is a directory of `save` that `load` reads as any other, and beside it
+    bundle.json         what it was compiled for: target, mesh, rules, batch, lengths, versions, hashes
+    programs/*.bin      compiled programs, which run where `executable.environment` is the same
+    portable/*.jax      the same programs as StableHLO, by jax.export: for any other machine, and other compilers
+    golden.npy          float32 logits [T, V] after each of the GOLDEN tokens, computed on the CPU that wrote it
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jax.sharding import Mesh
+
+from jaxllm import executable, shard
+from jaxllm.checkpoint import load_path
+from jaxllm.checkpoint.names import read_json
+from jaxllm.checkpoint.reader import Reader
+from jaxllm.checkpoint.source import open_path
+from jaxllm.compile import DONATING, Lowering, Programs, compile_programs, parse
+from jaxllm.config import ModelConfig
+from jaxllm.generate import Engine, storable
+from jaxllm.lm import embed_tokens, predict, run_layer
+from jaxllm.params import Params, unflatten
+
+_log = logging.getLogger(__name__)
+
+MANIFEST = "bundle.json"
+GOLDEN = 16  # tokens: the length of the shortest prefill
+_VERSION = 1
+_PROBE = f"probe {GOLDEN}"
+_LOGITS = "golden.npy"
+_MAX_KL = 0.02  # nats; of bfloat16 on another machine about 1e-3, of any weight or program that is wrong above 0.1
+_MAX_LOSS = 0.25  # nats that a greedy token may be less likely than the likeliest, when logits are computed anew
+_PORTABLE = ("cpu", "tpu", "cuda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a bundle's programs are compiled for.
+
+    target: "v5e:2x4", "cpu" or "gpu", as a name for people. mesh: sizes of `shard.make_mesh`; None for one device.
+    batch, max_len: as of `compile`.
+    """
+
+    target: str
+    mesh: Mapping[str, int] | None
+    rules: shard.Rules
+    batch: int
+    max_len: int
+
+    def make_mesh(self, devices: Sequence[Any]) -> Mesh | None:
+        return None if self.mesh is None else shard.make_mesh(**self.mesh, devices=devices)
+
+
+def is_bundle(path: str | Path) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+def lower(spec: Spec, cfg: ModelConfig, params: Params, devices: Sequence[Any]) -> tuple[Lowering, dict[str, Any]]:
+    """The programs of a bundle, to be compiled. params: shapes. devices: of the target."""
+    mesh = spec.make_mesh(devices)
+    lowering = Lowering(
+        cfg, storable(params, mesh), spec.batch, spec.max_len, mesh, spec.rules, platform=devices[0].platform
+    )
+    return lowering, lowering.serving() | {_PROBE: lowering.probe(GOLDEN)}
+
+
+def write(path: Path, spec: Spec, compiled: Mapping[str, Any], devices: Sequence[Any]) -> None:
+    """Makes a directory of `save` a bundle. compiled: what `lower` gave, by its names. devices: as for that."""
+    reader = open_path(path, origin="")
+    for folder in ("programs", "portable"):
+        (path / folder).mkdir(exist_ok=True)  # of a run that was cut off
+    hashes = {
+        name: _write(path / "programs" / _file(name, "bin"), executable.serialize(program))
+        for name, program in compiled.items()
+    }
+    for name, blob in portable(reader, spec).items():
+        _write(path / "portable" / _file(name, "jax"), blob)
+    np.save(path / _LOGITS, golden_logits(reader, golden_tokens(reader.cfg.vocab_size)), allow_pickle=False)
+    mesh = spec.make_mesh(devices)
+    here = executable.environment(devices[:1] if mesh is None else list(mesh.devices.flat))
+    manifest = {"version": _VERSION, **dataclasses.asdict(spec), "environment": here, "programs": hashes}
+    _write(path / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def golden_tokens(vocab_size: int) -> np.ndarray:
+    """int32 [GOLDEN], spread over the vocabulary."""
+    return (np.arange(1, GOLDEN + 1, dtype=np.int64) * 7919 % vocab_size).astype(np.int32)
+
+
+def golden_logits(reader: Reader, tokens: np.ndarray) -> np.ndarray:
+    """float32 [T, V] after each token. Memory: a layer's weights at a time."""
+    cfg = reader.cfg
+
+    def group(name: str) -> Params:
+        return unflatten({key: load() for key, load in reader.read(name).items()})
+
+    x_BTD = embed_tokens(cfg.layer(0), group("embed"), jnp.asarray(tokens[None]))
+    for i in range(cfg.num_layers):
+        x_BTD = run_layer(cfg.layer(i), group(f"layers_{i}"), x_BTD)
+    last = {name: group(name) for name in ("embed" if cfg.tie_embeddings else "head", "final_norm")}
+    return np.asarray(predict(cfg.layer(0), last, x_BTD))[0]
+
+
+def portable(reader: Reader, spec: Spec) -> dict[str, bytes]:
+    """Each program as jax.export serialises it, for _PORTABLE platforms, by name; unsharded.
+
+    A program takes {name: array} of all that its signature has, such as "0/layers_3/mlp/up/w/values" and "1/token_B",
+    and gives the arrays of its results in their order.
+    """
+    assert reader.shapes is not None
+    lowering = Lowering(reader.cfg, unflatten(reader.shapes), spec.batch, spec.max_len, None, platform="tpu")
+
+    def one(name: str) -> bytes:
+        kind, size = parse(name)
+        leaves, tree = jax.tree.flatten_with_path(lowering.signature(kind, size)[0])
+        given = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+        def run(named: dict[str, jax.Array]) -> list[jax.Array]:
+            arguments = jax.tree.unflatten(tree, [named[key] for key in given])
+            return jax.tree.leaves(lowering.function(kind, size)(*arguments))
+
+        return export.export(jax.jit(run), platforms=_PORTABLE)(given).serialize()
+
+    return {name: one(name) for name in lowering.names()}
+
+
+def load(path: str | Path) -> Engine:
+    """An engine that is ready to generate on this machine's devices.
+
+    Where devices, versions or instructions are not those that it was compiled for, that is logged, and its programs
+    are compiled anew. In any case its logits are held against those that it came with.
+    A bundle is machine code, as any program is: load those of people whom you trust.
+
+    Raises ValueError when it is no bundle, is damaged, needs more devices than there are, or computes something else.
+    """
+    path = Path(path).absolute()
+    spec, manifest = _read(path)
+    mesh = spec.make_mesh(jax.devices())
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    lm = load_path(path, origin="")
+    params = storable(lm.params, mesh)
+    lowering = Lowering(lm.cfg, params, spec.batch, spec.max_len, mesh, spec.rules)
+    was, here = manifest["environment"], executable.environment(devices)
+    if differ := [key for key in {**was, **here} if was.get(key) != here.get(key)]:
+        told = (", ".join(f"{key} {side.get(key)}" for key in differ) for side in (was, here))
+        _log.info("%s was compiled for %s; this is %s: compiling for it", path.name, *told)
+        programs = compile_programs(lm.cfg, params, spec.batch, spec.max_len, mesh, rules=spec.rules)
+        probe = lowering.probe(GOLDEN).compile()
+    else:
+        compiled = _executables(path, manifest["programs"], lowering, devices)
+        probe = compiled.pop(_PROBE)
+        programs = Programs.of(compiled, spec.batch, lowering.slots)
+    if mesh is not None:
+        params = jax.device_put(params, shard.param_shardings(lm.cfg, params, mesh, spec.rules))
+    engine = Engine(lm.cfg, params, programs, lm.tokenizer, spec.max_len, mesh, spec.rules)
+    rows = lowering.signature(*parse(_PROBE))[0][1].shape[0]
+    _check(engine, lambda tokens: probe(params, np.tile(tokens, (rows, 1))), path)
+    return engine
+
+
+def _read(path: Path) -> tuple[Spec, dict[str, Any]]:
+    if not is_bundle(path):
+        raise ValueError(
+            f"{path} is no bundle: it has no {MANIFEST}. Make one: jaxllm compile MODEL --target T --out DIR"
+        )
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} is a bundle of version {manifest.get('version')!r}; expected {_VERSION}. Make it again."
+        )
+    try:
+        fields = {field.name: manifest[field.name] for field in dataclasses.fields(Spec)}
+        fields["rules"] = {axis: tuple(to) if isinstance(to, list) else to for axis, to in fields["rules"].items()}
+        for name in ("environment", "programs"):
+            if not isinstance(manifest[name], dict):
+                raise TypeError(f"{name} is {manifest[name]!r}")
+        return Spec(**fields), manifest
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path / MANIFEST} is damaged: {type(error).__name__}: {error}. Make it again.") from error
+
+
+def _executables(
+    path: Path, hashes: Mapping[str, str], lowering: Lowering, devices: Sequence[Any]
+) -> dict[str, executable.Program]:
+    if set(hashes) != (names := {*lowering.names(), _PROBE}):
+        raise ValueError(f"{path} has programs {sorted(hashes)}; expected {sorted(names)}. Make it again.")
+
+    def one(name: str) -> executable.Program:
+        file = path / "programs" / _file(name, "bin")
+        blob = file.read_bytes()
+        if hashlib.sha256(blob).hexdigest() != hashes[name]:
+            raise ValueError(f"{file} was damaged: its hash is not that in {MANIFEST}. Make the bundle again.")
+        kind, size = parse(name)
+        return executable.deserialize(blob, *lowering.signature(kind, size), 1 if kind in DONATING else None, devices)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(hashes, pool.map(one, hashes), strict=True))
+
+
+def _check(engine: Engine, probe: Callable[[np.ndarray], jax.Array], path: Path) -> None:
+    """Raises ValueError when logits are not the golden ones, or greedy tokens not those of the logits."""
+    vocab = engine.cfg.vocab_size
+    golden, tokens = np.load(path / _LOGITS, allow_pickle=False), golden_tokens(vocab)
+    if golden.shape != (GOLDEN, vocab):
+        raise ValueError(
+            f"{path / _LOGITS} has shape {golden.shape}; expected {(GOLDEN, vocab)}. Make the bundle again."
+        )
+    expected, found = (jax.nn.log_softmax(logits) for logits in (golden, probe(tokens)[0]))
+    kl = float(jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)))
+    if not kl <= _MAX_KL:
+        raise ValueError(
+            f"{path}: logits differ from those that it was made with by {kl:.3g} nats (KL); expected at most {_MAX_KL}. "
+            "Weights and programs are undamaged: is the device sound, and its compiler? Make the bundle again here."
+        )
+    half = GOLDEN // 2
+    answer = engine.generate([tokens[:half].tolist()], max_new_tokens=half, stop_tokens=())[0].tokens
+    logits = jax.nn.log_softmax(probe(np.array([*tokens[:half], *answer], np.int32))[0, half - 1 : -1])
+    loss = float(
+        jnp.max(jnp.max(logits, axis=-1) - jnp.take_along_axis(logits, jnp.array(answer)[:, None], axis=1)[:, 0])
+    )
+    if not loss <= _MAX_LOSS:
+        raise ValueError(
+            f"{path}: a greedy token is {loss:.3g} nats less likely than the likeliest; expected at most {_MAX_LOSS}. "
+            "Prefill or decode does not compute what the model does. Make the bundle again here."
+        )
+
+
+def _file(name: str, suffix: str) -> str:
+    return f"{name.replace(' ', '-')}.{suffix}"
+
+
+def _write(file: Path, content: bytes) -> str:
+    """Returns the hash."""
+    file.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
