@@ -1,6 +1,7 @@
 """Make a language model smaller and faster in JAX, compile it for TPU, GPU or CPU, and run it."""
 
 from jaxllm.bisect import bisect
+from jaxllm.bundle import load_bundle
 from jaxllm.checkpoint import export_compressed, export_hf, load, optimize_checkpoint, save
 from jaxllm.config import ModelConfig
 from jaxllm.evaluate import (
@@ -44,6 +45,7 @@ __all__ = [
     "export_hf",
     "init",
     "load",
+    "load_bundle",
     "load_recipe",
     "logits",
     "make_mesh",

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 
-from jaxllm import contracts, hlo, hlo_cost, plan, shard, targets
-from jaxllm.compile import STEPS, Lowering
-from jaxllm.config import ModelConfig
+from jaxllm import contracts, hlo, hlo_cost, plan, targets
+from jaxllm.compile import Lowering, parse
 
 _log = logging.getLogger(__name__)
 
@@ -52,48 +51,43 @@ class Examined:
     breaches: tuple[contracts.Breach, ...] = ()
 
 
-def examine(cfg: ModelConfig, case: plan.Case) -> list[Examined]:
-    """Compiles decode and prefill of every chunk length, from shapes alone.
+def examine(
+    lowering: Lowering, programs: Mapping[str, Any], layers: int, target: targets.Target | None
+) -> tuple[list[Examined], dict[str, Any]]:
+    """Compiles programs, by name, and tells what the compiler says of those that read weights.
 
-    Raises ValueError when the mesh does not divide the model, or the format not its weights.
+    lowering: that they are of. layers: of the model. target: None for a CPU or GPU, of which neither a time is
+    predicted nor a contract checked. Also returns the compiled programs, those that fit.
     """
-    cfg = dataclasses.replace(cfg, kv_dtype=case.kv_dtype or cfg.kv_dtype)
-    mesh = shard.make_mesh(case.data, case.model, case.share, devices=case.target.devices())
-    lower = Lowering(cfg, plan.abstract_params(cfg, case.format), case.batch, case.context, mesh)
-    lowered = {"decode": (lower.decode(STEPS), DECODE)}
-    lowered |= {f"prefill {chunk}": (lower.prefill(chunk), PREFILL) for chunk in lower.chunks}
 
-    def one(name: str) -> Examined:
-        program, contract = lowered[name]
-        _log.info("compiling %s for %s", name, case.target)
+    def one(name: str) -> tuple[Examined, Any]:
+        _log.info("compiling %s for %s", name, target or "this machine")
         began = time.perf_counter()
         try:
-            compiled = program.compile()
+            compiled = programs[name].compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return Examined(name, plan.too_large(str(error)))
+            return Examined(name, plan.too_large(str(error))), None
         seconds = time.perf_counter() - began
+        contract = {"decode": DECODE, "prefill": PREFILL}.get(parse(name)[0])
+        memory = compiled.memory_analysis()
+        sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.generated_code_size_in_bytes
+        largest = tuple(sorted(_buffers(compiled), key=lambda b: -b.nbytes)[:5])
+        if target is None or contract is None:
+            return Examined(name, "", *sizes, compile_s=seconds, buffers=largest), compiled
         found = plan.Program.of(compiled, seconds)
-        low, high, bottleneck = plan.interval(found, case.target)
-        need = found.argument_bytes + found.temp_bytes + found.program_bytes
-        return Examined(
-            name,
-            "" if need <= case.target.chip.hbm_bytes else f"needs {need / 1e9:.1f} GB",
-            found.argument_bytes,
-            found.temp_bytes,
-            found.program_bytes,
-            low * 1e3,
-            high * 1e3,
-            bottleneck,
-            dict(found.low.collectives),
-            seconds,
-            tuple(sorted(_buffers(compiled), key=lambda b: -b.nbytes)[:5]),
-            tuple(contracts.check(compiled, lower.params, lower.state, cfg.num_layers, contract)),
-        )
+        low, high, bottleneck = plan.interval(found, target)
+        reason = f"needs {sum(sizes) / 1e9:.1f} GB" if sum(sizes) > target.chip.hbm_bytes else ""
+        breaches = contracts.check(compiled, lowering.params, lowering.state, layers, contract)
+        counts = dict(found.low.collectives)
+        times = low * 1e3, high * 1e3, bottleneck
+        return Examined(name, reason, *sizes, *times, counts, seconds, largest, tuple(breaches)), compiled
 
     with targets.uncached(), ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
-        return list(pool.map(one, lowered))
+        made = dict(zip(programs, pool.map(one, programs), strict=True))
+    found = [examined for name, (examined, _) in made.items() if name != "start"]
+    return found, {name: compiled for name, (_, compiled) in made.items() if compiled is not None}
 
 
 def _buffers(compiled: Any) -> Iterator[Buffer]:

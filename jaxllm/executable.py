@@ -31,7 +31,7 @@ def deserialize(blob: bytes, arguments: Any, results: Any, donated: int | None, 
     # are supported (0.10 to 0.12), and bundles of other releases are refused.
     from jax._src import core, stages
     from jax._src.interpreters import pxla
-    from jax._src.lib import xla_client
+    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
     here = xla_client.DeviceList(tuple(devices))
     client = devices[0].client

@@ -33,8 +33,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print one JSON object on the last line of stdout")
         return sub
 
-    def model(sub: argparse.ArgumentParser, nargs: Any = None) -> None:
-        sub.add_argument("model", metavar="MODEL", nargs=nargs, help="name, directory, .gguf file or Hugging Face id")
+    def model(sub: argparse.ArgumentParser, nargs: Any = None, also: str = "") -> None:
+        where = f"name, directory, .gguf file or Hugging Face id{also}"
+        sub.add_argument("model", metavar="MODEL", nargs=nargs, help=where)
         sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="of float weights; default: as stored")
 
     def windows(sub: argparse.ArgumentParser, count: int) -> None:
@@ -148,13 +149,13 @@ def parser() -> argparse.ArgumentParser:
     windows(sub, 1)
 
     sub = command("generate", "continue prompts, or answer them with --chat")
-    model(sub)
+    model(sub, also="; or a bundle, whose batch and lengths are its own")
     sub.add_argument("prompt", nargs="*", metavar="PROMPT", help="default: one prompt, from standard input")
     sub.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     generation(sub)
 
     sub = command("chat", "talk to a model; an empty line or end of input ends it")
-    model(sub)
+    model(sub, also="; or a bundle, whose batch and lengths are its own")
     generation(sub)
 
     sub = command("eval", "perplexity on a text, with KL divergence and top-1 agreement against a reference")
@@ -194,15 +195,16 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--exact", action="store_true", help="compile every layer, not a few from which the rest follows")
     sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed against latency")
 
-    sub = command("compile", "compile a model's programs for a TPU slice that need not be here, and check them")
+    sub = command("compile", "compile a model's programs for a machine that need not be here; check or ship them")
     sub.add_argument("model", metavar="MODEL", help="a config.json, or name, directory, .gguf file, Hugging Face id")
-    sub.add_argument("--target", required=True, help="a slice: v5e:2x4")
-    sub.add_argument("--mesh", metavar="data=1,model=4,share=1", help="default: the one that splits a copy most")
-    sub.add_argument("--quantize", default="int8", metavar="FORMAT", help="of weights, or float (default %(default)s)")
-    sub.add_argument("--kv", choices=("int8",), help="keys and values of the cache")
+    sub.add_argument("--target", required=True, help="a slice, v5e:2x4; or cpu or gpu, of this machine")
     sub.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the rest (default %(default)s)"
+        "--out", type=Path, help="write a bundle: weights, programs, tokenizer; run it again to go on where it ended"
     )
+    sub.add_argument("--mesh", metavar="data=1,model=4,share=1", help="default: the one that splits a copy most")
+    sub.add_argument("--quantize", metavar="FORMAT", help=f"of weights: {formats.NAMES} (default: as they are)")
+    sub.add_argument("--kv", choices=("int8",), help="keys and values of the cache")
+    sub.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the rest (default: the checkpoint's)")
     sub.add_argument("--batch", type=int, default=8, help="sequences that run together (default %(default)s)")
     sub.add_argument("--context", type=int, default=2048, help="tokens of prompt and answer (default %(default)s)")
     sub.add_argument("--check", action="store_true", help="fail where a program does not fit or breaks its contract")

@@ -13,13 +13,19 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from jaxllm import bundle, shard, targets
 from jaxllm import plan as planning
-from jaxllm import targets
-from jaxllm.checkpoint import load_header
+from jaxllm.arrays import QArray
+from jaxllm.checkpoint import load_header, optimize_checkpoint
 from jaxllm.checkpoint.hf import read_config
 from jaxllm.cli import common
+from jaxllm.compile import parse
 from jaxllm.config import ModelConfig
 from jaxllm.examine import Examined, examine
+from jaxllm.lm import LM
+from jaxllm.params import flatten
+from jaxllm.transforms.layerwise import check as check_steps
+from jaxllm.transforms.quantize import quantize, quantize_kv
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -32,7 +38,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     formats = [None if name == "float" else name for name in args.quantize.split(",")]
     if args.prompt_tokens > min(contexts):
         raise ValueError(f"--prompt-tokens {args.prompt_tokens} do not fit a context of {min(contexts)}.")
-    cfg = config(args.model, args.dtype)
+    cfg = header(args.model, args.dtype).cfg
     for format in formats:
         planning.abstract_params(cfg, format)  # a wrong one is told first
     found = []
@@ -53,34 +59,99 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def compile_for(args: argparse.Namespace) -> dict[str, Any]:
-    jax.config.update("jax_platforms", "cpu")
-    target, cfg = targets.parse(args.target), config(args.model, args.dtype)
-    if args.mesh is None:
+    if args.out is not None:
+        common.check_out(args.out)
+        if _is_config(args.model):
+            raise ValueError(f"{args.model} has no weights, and --out writes them; give a model, or leave --out out.")
+    target, devices = _devices(args.target)
+    if args.check and target is None:
+        raise ValueError(f"--check holds TPU programs to their contract; --target {args.target} has none.")
+    given = header(args.model, args.dtype)
+    steps = [quantize(args.quantize)] if args.quantize else []
+    steps += [quantize_kv()] if args.kv else []
+    check_steps(given, steps)
+    if args.quantize and any(isinstance(leaf, QArray) for leaf in flatten(given.params).values()):
+        raise ValueError(f"{args.model} is quantised already; leave --quantize out.")
+    spec = _spec(args, given.cfg, target)
+    made: dict[str, Any] = {}
+    report: list[Examined] = []
+
+    def make(lm: LM) -> None:
+        lowering, programs = bundle.lower(spec, lm.cfg, lm.params, devices)
+        if args.out is None:
+            programs = {name: one for name, one in programs.items() if parse(name)[0] in ("decode", "prefill")}
+        found, compiled = examine(lowering, programs, lm.cfg.num_layers, target)
+        show(found, spec, args.check, must_fit=args.check or args.out is not None)
+        report.extend(found)
+        made.update(compiled)
+
+    if given.params:
+        cfg = dataclasses.replace(given.cfg, kv_dtype=args.kv or given.cfg.kv_dtype)
+        make(LM(cfg, planning.abstract_params(cfg, args.quantize) if args.quantize else given.params))
+    elif args.out is None:
+        raise ValueError(f"{args.model} was quantised by another tool: only its weights tell their shapes. Add --out.")
+
+    def finish(path: Path) -> None:
+        if not made:
+            make(load_header(path))
+        common.log("writing portable programs and golden logits")
+        bundle.write(path, spec, made, devices)
+
+    if args.out is not None:
+        optimize_checkpoint(args.model, steps, args.out, dtype=args.dtype, finish=finish, log=common.log)
+        common.log(f"wrote {args.out}; run it there: jaxllm generate {args.out} PROMPT")
+    mesh = None if spec.mesh is None else dict(spec.mesh)
+    out = None if args.out is None else str(args.out)
+    return {
+        "target": spec.target,
+        "mesh": mesh,
+        "out": out,
+        "programs": [dataclasses.asdict(program) for program in report],
+    }
+
+
+def _devices(name: str) -> tuple[targets.Target | None, list[Any]]:
+    """Of a slice that need not be here, or of this machine."""
+    if name not in ("cpu", "gpu"):
+        jax.config.update("jax_platforms", "cpu")  # nothing runs: chips that are here are left to others
+        target = targets.parse(name)
+        return target, target.devices()
+    try:
+        return None, jax.devices(name)
+    except RuntimeError as error:
+        raise ValueError(f"--target {name}: this machine has none that jax can use ({error}).") from error
+
+
+def _spec(args: argparse.Namespace, cfg: ModelConfig, target: targets.Target | None) -> bundle.Spec:
+    mesh: dict[str, int] | None = None
+    if args.mesh is not None:
+        mesh = common.counts("--mesh", args.mesh, ("data", "model", "share"), int)
+    elif target is not None:
         sizes = next(planning.meshes(cfg, target, args.batch), None)
         if sizes is None:
             raise ValueError(f"No mesh of {target} divides the model and a batch of {args.batch}; try fewer chips.")
-    else:
-        given = common.counts("--mesh", args.mesh, ("data", "model", "share"), int)
-        sizes = given.get("data", 1), given.get("model", 1), given.get("share", 1)
-    format = None if args.quantize == "float" else args.quantize
-    case = planning.Case(target, *sizes, format, args.kv, args.batch, args.context)
-    found = examine(cfg, case)
+        mesh = {"data": sizes[0], "model": sizes[1], "share": sizes[2]}
+    return bundle.Spec(str(target or args.target), mesh, shard.RULES, args.batch, args.context)
+
+
+def show(found: Sequence[Examined], spec: bundle.Spec, check: bool, must_fit: bool) -> None:
+    """Prints what the compiler said. Raises ValueError for what does not fit where it must, and for breaches."""
     console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(examined_table(found, case))
+    console.print(examined_table(found, spec))
     for program in found:
         for buffer in program.buffers:
             console.print(f"{program.name}: {buffer.nbytes / 1e6:.1f} MB {buffer.shape} {buffer.source}", markup=False)
     breaches = [f"{program.name}: {breach}" for program in found for breach in program.breaches]
     for breach in breaches:
         console.print(breach, markup=False)
-    if args.check and (breaches or any(program.reason for program in found)):
-        raise ValueError(f"{len(breaches)} breaches of the contract; {sum(bool(p.reason) for p in found)} do not fit.")
-    return {"target": str(target), "mesh": sizes, "programs": [dataclasses.asdict(program) for program in found]}
+    large = sum(bool(program.reason) for program in found)
+    if (check and breaches) or (must_fit and large):
+        raise ValueError(f"{len(breaches)} breaches of the contract; {large} programs do not fit.")
 
 
-def examined_table(found: Sequence[Examined], case: planning.Case) -> Table:
-    sizes = " x ".join(map(str, (case.data, case.model, case.share)))
-    out = Table(caption=f"{case.target}, mesh {sizes}; bytes are of one device; predictions, nothing was run.")
+def examined_table(found: Sequence[Examined], spec: bundle.Spec) -> Table:
+    sizes = "one device" if spec.mesh is None else f"mesh {' x '.join(map(str, spec.mesh.values()))}"
+    out = Table(caption=f"{spec.target}, {sizes}; bytes are of one device; ms are predictions, nothing was run.")
     for name in (
         "program",
         "arguments",
@@ -99,19 +170,22 @@ def examined_table(found: Sequence[Examined], case: planning.Case) -> Table:
             continue
         sizes = (f"{size / 1e6:.1f} MB" for size in (p.argument_bytes, p.temp_bytes, p.program_bytes))
         kinds = ", ".join(f"{count} {kind}" for kind, count in p.collectives.items())
-        state = p.reason or (f"{len(p.breaches)} breaches" if p.breaches else "kept")
-        out.add_row(
-            p.name, *sizes, f"{p.ms_low:.2f}-{p.ms_high:.2f}", p.bottleneck, kinds, f"{p.compile_s:.1f} s", state
-        )
+        state = p.reason or (f"{len(p.breaches)} breaches" if p.breaches else "kept" if p.ms_high else "")
+        ms = f"{p.ms_low:.2f}-{p.ms_high:.2f}" if p.ms_high else ""
+        out.add_row(p.name, *sizes, ms, p.bottleneck, kinds, f"{p.compile_s:.1f} s", state)
     return out
 
 
-def config(model: str, dtype: str) -> ModelConfig:
-    """Of a config.json, or of anything that `load` takes. dtype: of float weights and activations."""
-    path = Path(model)
-    if path.suffix == ".json" and path.is_file():
-        return read_config(path, dtype)[0]
-    return load_header(model, dtype, log=common.log).cfg
+def _is_config(model: str) -> bool:
+    return Path(model).suffix == ".json" and Path(model).is_file()
+
+
+def header(model: str, dtype: str | None) -> LM:
+    """The shapes of a config.json, or of anything that `load` takes. dtype: of float weights and activations."""
+    if _is_config(model):
+        cfg = read_config(Path(model), dtype)[0]
+        return LM(cfg, planning.abstract_params(cfg, None))
+    return load_header(model, dtype, log=common.log)
 
 
 def line(c: planning.Candidate) -> str:

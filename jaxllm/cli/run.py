@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.console import Console
 import jaxllm
 from jaxllm import measure, report
 from jaxllm.arrays import QArray
+from jaxllm.bundle import is_bundle, load_bundle
 from jaxllm.cli import common
 from jaxllm.generate import choose_max_len, encode_prompts
 from jaxllm.measure import Workload
@@ -55,20 +57,29 @@ def _chat_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return tokenizer.encode_chat(messages)
 
 
-def _model_for(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and the mesh; arguments that cannot work are refused first."""
+def _compiler(args: argparse.Namespace) -> tuple[Any, Callable[[int], Any]]:
+    """The model, or the engine of a bundle, and what makes an engine for so many prompts of it.
+
+    Arguments that cannot work are refused first.
+    """
     jaxllm.Sampling(**{name: getattr(args, name) for name in SAMPLING})
     if args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {args.max_new_tokens}; expected a positive integer.")
     if "" in args.stop:
         raise ValueError("--stop is empty; it would end every answer before it begins.")
+    if is_bundle(args.model):
+        if given := [name for name in ("mesh", "max_len", "dtype") if getattr(args, name) is not None]:
+            raise ValueError(f"{args.model} is a bundle, compiled already; leave --{given[0].replace('_', '-')} out.")
+        engine = load_bundle(args.model)
+        return engine, lambda batch: engine
     mesh = common.mesh(args.mesh)
-    return common.load(args.model, args.dtype), mesh
+    lm = common.load(args.model, args.dtype)
 
+    def compile(batch: int) -> Any:
+        common.log("compiling")
+        return jaxllm.compile(lm, batch=batch, max_len=args.max_len, mesh=mesh)
 
-def _compile(args: argparse.Namespace, lm: Any, mesh: Any, batch: int) -> Any:
-    common.log("compiling")
-    return jaxllm.compile(lm, batch=batch, max_len=args.max_len, mesh=mesh)
+    return lm, compile
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -85,13 +96,14 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
     texts = args.prompt or [sys.stdin.read().removesuffix("\n")]
     if "" in texts:
         raise ValueError("A prompt is empty; give some text to go on from.")
-    lm, mesh = _model_for(args)
+    lm, compile = _compiler(args)
     prompts: list[Any] = list(texts)
     if args.chat:
         turns = [[*_messages(args), {"role": "user", "content": text}] for text in texts]
         prompts = [_chat_prompt(lm.tokenizer, messages) for messages in turns]
-    prompts = encode_prompts(prompts, lm.cfg, lm.tokenizer, choose_max_len(lm.cfg, args.max_len))
-    engine = _compile(args, lm, mesh, len(prompts))
+    max_len = lm.max_len if isinstance(lm, jaxllm.Engine) else choose_max_len(lm.cfg, args.max_len)
+    prompts = encode_prompts(prompts, lm.cfg, lm.tokenizer, max_len)
+    engine = compile(len(prompts))
     if len(prompts) == 1 and not args.json:
         for text in engine.stream(prompts[0], **_options(args)):
             print(text, end="", flush=True)
@@ -105,10 +117,10 @@ def generate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chat(args: argparse.Namespace) -> dict[str, Any]:
-    lm, mesh = _model_for(args)
+    lm, compile = _compiler(args)
     messages = _messages(args)
     _chat_prompt(lm.tokenizer, [*messages, {"role": "user", "content": "Hello"}])  # no template: told now
-    engine = _compile(args, lm, mesh, 1)
+    engine = compile(1)
     while True:
         try:
             text = input("> " if sys.stdin.isatty() else "")
