@@ -10,11 +10,12 @@ A bundle is a directory of `save` that `load` reads as any other, and beside it
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 from jax.sharding import Mesh
+from jax.tree_util import keystr
 
 from jaxllm import executable, shard
 from jaxllm.checkpoint import load_path
@@ -87,9 +89,9 @@ def write(path: Path, spec: Spec, compiled: Mapping[str, Any], devices: Sequence
         name: _write(path / "programs" / _file(name, "bin"), executable.serialize(program))
         for name, program in compiled.items()
     }
+    np.save(path / _LOGITS, golden_logits(reader, golden_tokens(reader.cfg.vocab_size)), allow_pickle=False)
     for name, blob in portable(reader, spec).items():
         _write(path / "portable" / _file(name, "jax"), blob)
-    np.save(path / _LOGITS, golden_logits(reader, golden_tokens(reader.cfg.vocab_size)), allow_pickle=False)
     mesh = spec.make_mesh(devices)
     here = executable.environment(devices[:1] if mesh is None else list(mesh.devices.flat))
     manifest = {"version": _VERSION, **dataclasses.asdict(spec), "environment": here, "programs": hashes}
@@ -118,24 +120,30 @@ def golden_logits(reader: Reader, tokens: np.ndarray) -> np.ndarray:
 def portable(reader: Reader, spec: Spec) -> dict[str, bytes]:
     """Each program as jax.export serialises it, for _PORTABLE platforms, by name; unsharded.
 
-    A program takes {name: array} of all that its signature has, such as "0/layers_3/mlp/up/w/values" and "1/token_B",
-    and gives the arrays of its results in their order.
+    A program takes and gives {name: array}: weights as "params/layers_3/mlp/up/w/values", what goes from call to call
+    as "state/position_B", the rest by the names in compile.py; and gives "state/…" and "tokens".
     """
     assert reader.shapes is not None
     lowering = Lowering(reader.cfg, unflatten(reader.shapes), spec.batch, spec.max_len, None, platform="tpu")
 
     def one(name: str) -> bytes:
         kind, size = parse(name)
-        leaves, tree = jax.tree.flatten_with_path(lowering.signature(kind, size)[0])
-        given = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+        function = lowering.function(kind, size)
+        given = dict(zip(inspect.signature(function).parameters, lowering.signature(kind, size)[0], strict=True))
 
-        def run(named: dict[str, jax.Array]) -> list[jax.Array]:
-            arguments = jax.tree.unflatten(tree, [named[key] for key in given])
-            return jax.tree.leaves(lowering.function(kind, size)(*arguments))
+        def run(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            arguments = jax.tree.unflatten(jax.tree.structure(given), [named[name] for name in _by_name(given)])
+            results = function(*(arguments[name] for name in given))
+            results = (results,) if kind == "start" else results
+            return _by_name(dict(zip(("state", "tokens"), results, strict=False)))
 
-        return bytes(export.export(jax.jit(run), platforms=_PORTABLE)(given).serialize())
+        return bytes(export.export(jax.jit(run), platforms=_PORTABLE)(_by_name(given)).serialize())
 
     return {name: one(name) for name in lowering.names()}
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    return {keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.flatten_with_path(tree)[0]}
 
 
 def load_bundle(path: str | Path) -> Engine:
@@ -196,19 +204,26 @@ def _read(path: Path) -> tuple[Spec, dict[str, Any]]:
 def _executables(
     path: Path, hashes: Mapping[str, str], lowering: Lowering, devices: Sequence[Any]
 ) -> dict[str, executable.Program]:
+    """By name. Each is loaded at its first call: long prompts' prefill may never be needed."""
     if set(hashes) != (names := {*lowering.names(), _PROBE}):
         raise ValueError(f"{path} has programs {sorted(hashes)}; expected {sorted(names)}. Make it again.")
 
     def one(name: str) -> executable.Program:
         file = path / "programs" / _file(name, "bin")
-        blob = file.read_bytes()
-        if hashlib.sha256(blob).hexdigest() != hashes[name]:
-            raise ValueError(f"{file} was damaged: its hash is not that in {MANIFEST}. Make the bundle again.")
+        if not file.is_file() or _hash(file.read_bytes()) != hashes[name]:
+            raise ValueError(
+                f"{file} is missing or damaged: its hash is not that in {MANIFEST}. Make the bundle again."
+            )
         kind, size = parse(name)
-        return executable.deserialize(blob, *lowering.signature(kind, size), 1 if kind in DONATING else None, devices)
+        donated = 1 if kind in DONATING else None
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(hashes, pool.map(one, hashes), strict=True))
+        @functools.cache
+        def program() -> executable.Program:
+            return executable.deserialize(file.read_bytes(), *lowering.signature(kind, size), donated, devices)
+
+        return lambda *args: program()(*args)
+
+    return {name: one(name) for name in hashes}
 
 
 def _check(engine: Engine, probe: Callable[[np.ndarray], jax.Array], path: Path) -> None:
@@ -223,8 +238,8 @@ def _check(engine: Engine, probe: Callable[[np.ndarray], jax.Array], path: Path)
     kl = float(jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)))
     if not kl <= _MAX_KL:
         raise ValueError(
-            f"{path}: logits differ from those that it was made with by {kl:.3g} nats (KL); expected at most {_MAX_KL}. "
-            "Weights and programs are undamaged: is the device sound, and its compiler? Make the bundle again here."
+            f"{path}: its logits differ from those that it was made with by {kl:.3g} nats (KL); expected at most "
+            f"{_MAX_KL}. Weights and programs are undamaged: are device and compiler sound? Make the bundle again here."
         )
     half = GOLDEN // 2
     answer = engine.generate([tokens[:half].tolist()], max_new_tokens=half, stop_tokens=())[0].tokens
@@ -244,4 +259,8 @@ def _file(name: str, suffix: str) -> str:
 def _write(file: Path, content: bytes) -> str:
     """Returns the hash."""
     file.write_bytes(content)
+    return _hash(content)
+
+
+def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
