@@ -170,7 +170,7 @@ def test_portable_programs_need_nothing_of_jaxllm(small):
     def call(name, state, **given):
         shapes: Any = jax.tree.unflatten(run[name].in_tree, run[name].in_avals)[0][0]
         named = params | state | given | {f"how/{key}": value for key, value in how.items()}
-        out = run[name].call({key: np.asarray(named[key], shape.dtype) for key, shape in shapes.items()})
+        out: Any = run[name].call({key: np.asarray(named[key], shape.dtype) for key, shape in shapes.items()})
         return {key: value for key, value in out.items() if key != "tokens"}, out["tokens"]
 
     state = run["start"].call({})
