@@ -1,7 +1,7 @@
 """Named models on named TPU slices: what the compiler predicts of each, or a bundle that the slice starts at once.
 
-Predictions, nothing was run on a TPU (libtpu 0.0.42; int8 weights, context 2048; bytes of a chip; ms of a decode step,
-from the roofline to the compiler's estimate; tokens/s of all sequences together):
+Predictions, nothing was run on a TPU: int8 weights, context 2048, libtpu 0.0.42. Bytes are of a chip; ms of a decode
+step, from the roofline to the compiler's estimate; tokens a second of all sequences together:
 
 RESULTS
 
