@@ -5,9 +5,9 @@ step, from the roofline to the compiler's estimate; tokens a second of all seque
 
 RESULTS
 
-Run: python recipes/tpu_slices.py                                    # the table, anew
-     python recipes/tpu_slices.py llama-3.1-8b-v5e-4                 # all programs of one, whole, held to their contract
-     python recipes/tpu_slices.py llama-3.1-8b-v5e-4 --out DIR       # and written as a bundle, from its checkpoint
+Run: python recipes/tpu_slices.py                               the table, anew
+     python recipes/tpu_slices.py llama-3.1-8b-v5e-4            all programs of one, whole, held to their contract
+     python recipes/tpu_slices.py llama-3.1-8b-v5e-4 --out DIR  and written as a bundle, from its checkpoint
 """
 
 import argparse
