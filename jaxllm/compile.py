@@ -145,7 +145,7 @@ class Lowering:
 
     def _jit(self, program: Callable[..., Any], rank: int) -> Any:
         """rank: of the tokens that it gives, beside the state."""
-        return jax.jit(program, donate_argnums=1, out_shardings=(self._sharded.state(), self._sharded.batch(rank)))
+        return jax.jit(program, donate_argnums=1, out_shardings=(self._sharded.state(), self._sharded.tokens(rank)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +166,12 @@ class _Shardings:
 
     def batch(self, rank: int) -> Any:
         return None if self.mesh is None else shard.sharding(self.mesh, self.rules, "batch", *(None,) * (rank - 1))
+
+    def tokens(self, rank: int) -> Any:
+        """Of what the host reads: all of it on every device, where some belong to other processes."""
+        if self.mesh is not None and shard.across_hosts(self.mesh):
+            return shard.sharding(self.mesh, self.rules, *(None,) * rank)
+        return self.batch(rank)
 
     def state(self) -> Any:
         if self.mesh is None:

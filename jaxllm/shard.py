@@ -15,7 +15,7 @@ from jaxllm.arrays import QArray
 from jaxllm.cache import KVCache, init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.lm import param_info
-from jaxllm.params import Params, flatten, unflatten
+from jaxllm.params import ParamInfo, Params, flatten, unflatten
 
 AXES = ("data", "model", "share")
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -98,26 +98,43 @@ def sharding(mesh: Mesh, rules: Rules, *axes: str | None) -> NamedSharding:
 
 
 def param_shardings(cfg: ModelConfig, params: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
-    """A NamedSharding for each array of `params`. A QArray's scales lie with its values where the mesh divides them."""
+    """A NamedSharding for each array of `params`, arrays or their shapes: see `leaf_shardings`."""
     info = param_info(cfg)
+    return unflatten({path: leaf_shardings(info[path], leaf, mesh, rules) for path, leaf in flatten(params).items()})
 
-    def shard(path: str, leaf: jax.Array | QArray):
-        axes = info[path].axes
-        values = sharding(mesh, rules, *axes)
-        if not isinstance(leaf, QArray):
-            return values
-        kept = leaf.scale.ndim - 1
-        chips = math.prod(mesh.shape[axis] for axis in _axes(rules[axes[kept]]))
-        scale = sharding(mesh, rules, *axes[:kept], axes[kept] if leaf.groups % chips == 0 else None)
-        return QArray(
-            values,  # pyright: ignore[reportArgumentType]
-            scale,  # pyright: ignore[reportArgumentType]
-            None if leaf.zero_point is None else scale,  # pyright: ignore[reportArgumentType]
-            None if leaf.x_scale is None else NamedSharding(mesh, P()),  # pyright: ignore[reportArgumentType]
-            leaf.int8_inputs,
-        )
 
-    return unflatten({path: shard(path, leaf) for path, leaf in flatten(params).items()})
+def leaf_shardings(info: ParamInfo, leaf: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """Of a weight, or of a QArray's parts: its scales lie with its values where the mesh divides them."""
+    values = sharding(mesh, rules, *info.axes)
+    if not isinstance(leaf, QArray):
+        return values
+    kept = leaf.scale.ndim - 1
+    chips = math.prod(mesh.shape[axis] for axis in _axes(rules[info.axes[kept]]))
+    scale = sharding(mesh, rules, *info.axes[:kept], info.axes[kept] if leaf.groups % chips == 0 else None)
+    return QArray(
+        values,  # pyright: ignore[reportArgumentType]
+        scale,  # pyright: ignore[reportArgumentType]
+        None if leaf.zero_point is None else scale,  # pyright: ignore[reportArgumentType]
+        None if leaf.x_scale is None else NamedSharding(mesh, P()),  # pyright: ignore[reportArgumentType]
+        leaf.int8_inputs,
+    )
+
+
+def across_hosts(mesh: Mesh | None) -> bool:
+    """Whether some of its devices belong to other processes, whose arrays this one cannot read."""
+    return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """An array's values, also where other processes hold parts of it: then all of them have to call this."""
+    if not x.is_fully_addressable and not x.is_fully_replicated:
+        mesh = x.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
+        x = jax.jit(_same, out_shardings=NamedSharding(mesh, P()))(x)
+    return np.asarray(x)
+
+
+def _same(x: jax.Array) -> jax.Array:  # has a name, so that it is compiled once a shape
+    return x
 
 
 def cache_shardings(cfg: ModelConfig, mesh: Mesh, split: bool, rules: Rules = RULES) -> KVCache:
