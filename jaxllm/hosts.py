@@ -198,7 +198,7 @@ def _line(error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if isinstance(error, SystemExit):
-        return "ended", error.code if isinstance(error.code, int) else 1
+        return f"ended with {error.code!r}", error.code if isinstance(error.code, int) else 1
     expected = isinstance(error, ValueError | OSError | RuntimeError | MemoryError)
     text = str(error) or type(error).__name__
     if expected and not os.environ.get("JAXLLM_DEBUG"):

@@ -44,7 +44,8 @@ def make_mesh(data: int = 1, model: int = 1, share: int = 1, devices: Sequence[A
 
     data: over how many the batch is split. model x share: over how many a copy of the model is. share: of these, how
         many have the same KV heads; for models with fewer of them than there are devices.
-    Raises ValueError when there are fewer devices than that.
+    devices: all by default, of every process that joined (`hosts.join`).
+    Raises ValueError when there are fewer devices than that, or a process would be left with none.
     """
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "model": model, "share": share}
@@ -53,6 +54,11 @@ def make_mesh(data: int = 1, model: int = 1, share: int = 1, devices: Sequence[A
         raise ValueError(
             f"A mesh of {' x '.join(f'{name}={size}' for name, size in sizes.items())} needs {max(need, 1)} devices; "
             f"there are {len(devices)} ({devices[0].device_kind if devices else 'none'}). Choose a smaller mesh."
+        )
+    if idle := {device.process_index for device in devices} - {device.process_index for device in devices[:need]}:
+        raise ValueError(
+            f"A mesh of {need} of the {len(devices)} devices leaves processes {sorted(idle)} without any. Choose data x "
+            f"model x share = {len(devices)}, or give devices=jax.local_devices() for a mesh of this process alone."
         )
     # AxisType.Auto is said outright: jax.make_mesh's default has changed between releases.
     return Mesh(np.array(devices[:need]).reshape(data, model, share), AXES, axis_types=(AxisType.Auto,) * 3)
@@ -123,6 +129,21 @@ def leaf_shardings(info: ParamInfo, leaf: Any, mesh: Mesh, rules: Rules = RULES)
 def across_hosts(mesh: Mesh | None) -> bool:
     """Whether some of its devices belong to other processes, whose arrays this one cannot read."""
     return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def put(params: Params, shardings: Params) -> Params:
+    """The weights where the shardings want them, those that lie there already as they are.
+
+    Where some devices belong to other processes, each process gives its own devices their part of what it holds whole.
+    """
+
+    def one(x: jax.Array, where: NamedSharding) -> jax.Array:
+        if x.is_fully_addressable and not where.is_fully_addressable:
+            host = np.asarray(x)  # device_put would first ask all processes whether they have the same
+            return jax.make_array_from_callback(x.shape, where, host.__getitem__)
+        return jax.device_put(x, where)
+
+    return jax.tree.map(one, params, shardings)
 
 
 def to_host(x: jax.Array) -> np.ndarray:
