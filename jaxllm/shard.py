@@ -47,6 +47,7 @@ def make_mesh(data: int = 1, model: int = 1, share: int = 1, devices: Sequence[A
     devices: all by default, of every process that joined (`hosts.join`).
     Raises ValueError when there are fewer devices than that, or a process would be left with none.
     """
+    everyone = devices is None
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "model": model, "share": share}
     need = math.prod(sizes.values())
@@ -55,10 +56,11 @@ def make_mesh(data: int = 1, model: int = 1, share: int = 1, devices: Sequence[A
             f"A mesh of {' x '.join(f'{name}={size}' for name, size in sizes.items())} needs {max(need, 1)} devices; "
             f"there are {len(devices)} ({devices[0].device_kind if devices else 'none'}). Choose a smaller mesh."
         )
-    if idle := {device.process_index for device in devices} - {device.process_index for device in devices[:need]}:
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:need]}
+    if everyone and idle:
         raise ValueError(
-            f"A mesh of {need} of the {len(devices)} devices leaves processes {sorted(idle)} without any. Choose data x "
-            f"model x share = {len(devices)}, or give devices=jax.local_devices() for a mesh of this process alone."
+            f"A mesh of {need} of the {len(devices)} devices leaves processes {sorted(idle)} without any. Choose "
+            f"data x model x share of {len(devices)}, or give devices=jax.local_devices() for this process alone."
         )
     # AxisType.Auto is said outright: jax.make_mesh's default has changed between releases.
     return Mesh(np.array(devices[:need]).reshape(data, model, share), AXES, axis_types=(AxisType.Auto,) * 3)
