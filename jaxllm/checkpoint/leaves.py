@@ -103,13 +103,13 @@ def encode(leaf: Weight) -> tuple[dict[str, Any], Fields]:
 
 
 def expected(leaf: Description, info: ParamInfo, dtype: str, place: Place | None = None) -> Any:
-    """The weight that a description stands for: shapes, types and shardings. dtype: that floats are to be read as.
+    """The weight that a description stands for: shapes and types, and where a place is given, shardings.
 
-    place: on this process's first device where none is given.
+    dtype: that floats are to be read as.
     """
 
     def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=_here())
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     out: Any = array(info.shape, leaf["dtype"] if leaf["kind"] == "qarray" else dtype)
     if leaf["kind"] == "qarray":
@@ -123,26 +123,23 @@ def expected(leaf: Description, info: ParamInfo, dtype: str, place: Place | None
 
 
 def stored(leaf: Description, weight: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays that `encode` made of a leaf so described, by name, to be read. weight: `expected` of it.
+    """The arrays that `encode` made of a leaf so described, by name, and where to read them to.
 
-    What is stored in another form than it has in memory is read whole, by every process.
+    weight: `expected` of it. What has another form in memory than in the file is read whole, onto one device.
     """
 
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=_here())
+    def array(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
     size = math.prod(weight.shape)
     if leaf["kind"] == "array":
-        return {"array": weight}
+        return {"array": array(weight.shape, weight.dtype, weight.sharding)}
     if leaf["kind"] == "sparse":
         return {"mask": array((-(-size // 8),), "uint8"), "values": array((max(1, leaf["nonzeros"]),), weight.dtype)}
-    values = array((-(-size // 2),), "uint8") if leaf["dtype"] == "int4" else weight.values
-    parts = {"values": values, "scale": weight.scale, "zero_point": weight.zero_point, "x_scale": weight.x_scale}
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-def _here() -> jax.sharding.Sharding:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    parts = {"values": weight.values, "scale": weight.scale, "zero_point": weight.zero_point, "x_scale": weight.x_scale}
+    fields = {name: array(part.shape, part.dtype, part.sharding) for name, part in parts.items() if part is not None}
+    return fields | ({"values": array((-(-size // 2),), "uint8")} if leaf["dtype"] == "int4" else {})
 
 
 def decode(leaf: Description, fields: Fields, weight: Any) -> Weight:
@@ -159,9 +156,9 @@ def decode(leaf: Description, fields: Fields, weight: Any) -> Weight:
         return put_host(host, weight.sharding)
     values = fields.pop("values")
     if leaf["dtype"] == "int4":
-        values = _unpack(values, shape)
-        if values.sharding != weight.values.sharding:
-            values = put_host(np.asarray(values), weight.values.sharding)
+        # By way of the host, for one device as well: on CPU a program compiled ahead refuses what _unpack makes, taking
+        # its layout for another (jax 0.10).
+        values = put_host(np.asarray(_unpack(values, shape)), weight.values.sharding)
     out = QArray(values, int8_inputs=leaf["int8_inputs"], **fields)
     fields.clear()
     return out
