@@ -95,11 +95,11 @@ class Group:
     130 after an interrupt.
     """
 
-    def __init__(self, index: int, count: int, peers: dict[int, tuple[str, socket.socket]]):
+    def __init__(self, index: int, count: int, peers: dict[int, _Peer]):
         self.index, self.count = index, count
         self._peers = peers
-        for peer, (host, connection) in peers.items():
-            threading.Thread(target=self._listen, args=(peer, host, connection), daemon=True).start()
+        for peer in peers:
+            threading.Thread(target=self._listen, args=[peer], daemon=True).start()
 
     def __enter__(self) -> Group:
         return self
@@ -111,20 +111,22 @@ class Group:
             return
         if isinstance(error, Exception):
             time.sleep(_NEWS_S)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
         line, code = _line(error)
         self._tell({"failed": f"Process {self.index} of {self.count} failed: {line.splitlines()[-1]}"})
         _end(line, code)
 
     def _tell(self, message: dict[str, Any], but: int | None = None) -> None:
-        for peer, (_, connection) in self._peers.items():
+        for peer, it in self._peers.items():
             if peer != but:
                 with contextlib.suppress(OSError):
-                    connection.sendall(json.dumps(message).encode() + b"\n")
+                    it.connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def _listen(self, peer: int, host: str, connection: socket.socket) -> None:
-        parts, why = False, ""
-        with contextlib.suppress(OSError):  # a connection that breaks says as much as one that ends
-            for line in connection.makefile(encoding="utf-8"):
+    def _listen(self, peer: int) -> None:
+        it, parts, why = self._peers[peer], False, ""
+        with contextlib.suppress(OSError, ValueError):  # what breaks, in a connection or a word, says as much as an end
+            for line in it.lines:
                 message = json.loads(line)
                 parts |= "parts" in message
                 if why := message.get("failed", ""):
@@ -132,7 +134,7 @@ class Group:
         if parts and not why:
             return
         why = why or (
-            f"Process {peer} of {self.count} (on {host}) is gone: killed, out of memory, or its machine was lost. "
+            f"Process {peer} of {self.count} (on {it.host}) is gone: killed, out of memory, or its machine was lost. "
             "See what it said last, and start all again."
         )
         self._tell({"failed": why}, but=peer)
@@ -153,8 +155,21 @@ def require_same(what: str, value: Any) -> None:
         )
 
 
-def _connect(state: Any, timeout_s: float) -> dict[int, tuple[str, socket.socket]]:
-    """Connections to the other processes that this one talks to, {index: (host, socket)}: all to 0, 0 to all."""
+class _Peer:
+    """A process that this one talks to."""
+
+    def __init__(self, host: str, connection: socket.socket):
+        self.host, self.connection = host, connection
+        self.lines = connection.makefile(encoding="utf-8")  # one for good: it reads ahead
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # So that it breaks, though nothing is sent, where the other machine is no longer there.
+        for option, value in {"TCP_KEEPIDLE": LOST_S // 3, "TCP_KEEPINTVL": LOST_S // 6, "TCP_KEEPCNT": 4}.items():
+            if hasattr(socket, option):  # not by this name everywhere
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _connect(state: Any, timeout_s: float) -> dict[int, _Peer]:
+    """By index: process 0 talks to all, the others to it."""
     address, _, _ = state.coordinator_address.rpartition(":")
     address = address.strip("[]")
     versions = [importlib.metadata.version("jaxllm"), jax.__version__, platform.python_version()]
@@ -162,10 +177,11 @@ def _connect(state: Any, timeout_s: float) -> dict[int, tuple[str, socket.socket
         port, token, theirs = json.loads(state.client.blocking_key_value_get(_KEY, int(timeout_s * 1000)))
         if theirs != versions:
             raise RuntimeError(f"versions are {versions} here and {theirs} at process 0.")
-        connection = _watched(socket.create_connection((address, port), timeout_s))
-        connection.sendall(json.dumps([token, state.process_id, platform.node()]).encode() + b"\n")
-        return {0: (address, connection)}
-    peers: dict[int, tuple[str, socket.socket]] = {}
+        first = _Peer(address, socket.create_connection((address, port), timeout_s))
+        first.connection.settimeout(None)
+        first.connection.sendall(json.dumps([token, state.process_id, platform.node()]).encode() + b"\n")
+        return {0: first}
+    peers: dict[int, _Peer] = {}
     both = socket.has_dualstack_ipv6()
     with socket.create_server(
         ("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=state.num_processes
@@ -173,24 +189,14 @@ def _connect(state: Any, timeout_s: float) -> dict[int, tuple[str, socket.socket
         token = secrets.token_hex(16)
         state.client.key_value_set(_KEY, json.dumps([server.getsockname()[1], token, versions]))
         while len(peers) < state.num_processes - 1:
-            connection = _watched(server.accept()[0])
-            with contextlib.suppress(OSError, ValueError):  # of a stranger
-                connection.settimeout(5)
-                said, peer, host = json.loads(connection.makefile(encoding="utf-8").readline(1024))
-                connection.settimeout(None)
+            it = _Peer("", server.accept()[0])
+            with contextlib.suppress(OSError, ValueError, TypeError):  # of a stranger
+                it.connection.settimeout(5)
+                said, peer, it.host = json.loads(it.lines.readline(1024))
+                it.connection.settimeout(None)
                 if secrets.compare_digest(said, token):
-                    peers[peer] = host, connection
+                    peers[peer] = it
     return peers
-
-
-def _watched(connection: socket.socket) -> socket.socket:
-    """A connection that breaks, though nothing is sent, when the other machine is no longer there."""
-    connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in {"TCP_KEEPIDLE": LOST_S // 3, "TCP_KEEPINTVL": LOST_S // 6, "TCP_KEEPCNT": 4}.items():
-        if hasattr(socket, option):  # not by this name everywhere
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return connection
 
 
 def _line(error: BaseException) -> tuple[str, int]:
@@ -211,7 +217,5 @@ _last_word = threading.Lock()
 
 def _end(text: str, code: int = 1) -> NoReturn:
     _last_word.acquire()  # for ever: one word is enough
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-    os.write(2, f"jaxllm: error: {text}\n".encode())
+    os.write(2, f"jaxllm: error: {text}\n".encode(errors="replace"))
     os._exit(code)
