@@ -158,10 +158,9 @@ def expected(model):
 
 
 def check_generation(group, model, mesh, killed):
-    group.script(GENERATE, str(model), json.dumps(PROMPTS), json.dumps(mesh))
-    all_said = [group.said(i) for i in range(group.count)]
     wanted, total = expected(model), (model / "model.safetensors").stat().st_size
-    for said in all_said:
+    group.script(GENERATE, str(model), json.dumps(PROMPTS), json.dumps(mesh))
+    for said in [group.said(i) for i in range(group.count)]:
         assert [said["greedy"], said["drawn"]] == wanted
         assert said["own"] < 1.02 * total / group.count
         assert said["own"] < said["read"] < said["own"] + 0.08 * total  # besides: headers, and a config
