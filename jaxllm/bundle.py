@@ -26,7 +26,7 @@ from jax import export
 from jax.sharding import Mesh
 from jax.tree_util import keystr
 
-from jaxllm import executable, shard
+from jaxllm import executable, hosts, shard
 from jaxllm.checkpoint import load_path
 from jaxllm.checkpoint.names import read_json
 from jaxllm.checkpoint.reader import Reader
@@ -159,7 +159,9 @@ def load_bundle(path: str | Path) -> Engine:
     spec, manifest = _read(path)
     mesh = spec.make_mesh(jax.devices())
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
-    lm = load_path(path, origin="")
+    if shard.across_hosts(mesh):
+        hosts.require_same("the bundle", manifest)
+    lm = load_path(path, origin="", mesh=mesh, rules=spec.rules)
     params = storable(lm.params, mesh)
     lowering = Lowering(lm.cfg, params, spec.batch, spec.max_len, mesh, spec.rules)
     was, here = manifest["environment"], executable.environment(devices)
@@ -173,10 +175,10 @@ def load_bundle(path: str | Path) -> Engine:
         probe = compiled.pop(_PROBE)
         programs = Programs.of(compiled, spec.batch, lowering.slots)
     if mesh is not None:
-        params = jax.device_put(params, shard.param_shardings(lm.cfg, params, mesh, spec.rules))
+        params = shard.put(params, shard.param_shardings(lm.cfg, params, mesh, spec.rules))
     engine = Engine(lm.cfg, params, programs, lm.tokenizer, spec.max_len, mesh, spec.rules)
     rows = lowering.signature(*parse(_PROBE))[0][1].shape[0]
-    _check(engine, lambda tokens: probe(params, np.tile(tokens, (rows, 1))), path)
+    _check(engine, lambda tokens: np.asarray(probe(params, np.tile(tokens, (rows, 1))))[0], path)
     return engine
 
 
@@ -226,7 +228,7 @@ def _executables(
     return {name: one(name) for name in hashes}
 
 
-def _check(engine: Engine, probe: Callable[[np.ndarray], jax.Array], path: Path) -> None:
+def _check(engine: Engine, probe: Callable[[np.ndarray], np.ndarray], path: Path) -> None:
     """Raises ValueError when logits are not the golden ones, or greedy tokens not those of the logits."""
     vocab = engine.cfg.vocab_size
     golden, tokens = np.load(path / _LOGITS, allow_pickle=False), golden_tokens(vocab)
@@ -234,7 +236,7 @@ def _check(engine: Engine, probe: Callable[[np.ndarray], jax.Array], path: Path)
         raise ValueError(
             f"{path / _LOGITS} has shape {golden.shape}; expected {(GOLDEN, vocab)}. Make the bundle again."
         )
-    expected, found = (jax.nn.log_softmax(logits) for logits in (golden, probe(tokens)[0]))
+    expected, found = (jax.nn.log_softmax(logits) for logits in (golden, probe(tokens)))
     kl = float(jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)))
     if not kl <= _MAX_KL:
         raise ValueError(
@@ -243,7 +245,7 @@ def _check(engine: Engine, probe: Callable[[np.ndarray], jax.Array], path: Path)
         )
     half = GOLDEN // 2
     answer = engine.generate([tokens[:half].tolist()], max_new_tokens=half, stop_tokens=())[0].tokens
-    logits_TV = np.asarray(jax.nn.log_softmax(probe(np.array([*tokens[:half], *answer], np.int32))[0, half - 1 : -1]))
+    logits_TV = np.asarray(jax.nn.log_softmax(probe(np.array([*tokens[:half], *answer], np.int32))[half - 1 : -1]))
     loss = float(np.max(logits_TV.max(axis=-1) - logits_TV[np.arange(half), answer]))
     if not loss <= _MAX_LOSS:
         raise ValueError(

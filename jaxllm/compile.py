@@ -183,11 +183,14 @@ class Lowering:
         how = jax.eval_shape(lambda: as_arrays(Sampling(), frozenset()))
         how = jax.tree.map(lambda x: self._array(*(None,) * x.ndim, shape=x.shape, dtype=x.dtype), how)
         tokens = self._array("batch", None, shape=(self._batch, size))
+        # What the host reads is on all devices, where some belong to other processes.
+        read = None if shard.across_hosts(self._sharded.mesh) else "batch"
+        new_B, new_BN = self._array(read, shape=(self._batch,)), self._array(read, None, shape=(self._batch, size))
         return {
             "start": ((), self.state),
-            "prefill": ((self.params, self.state, tokens, number, row, row, how), (self.state, row)),
-            "decode": ((self.params, self.state, number, how), (self.state, tokens)),
-            "step": ((self.params, self.state, how), (self.state, row)),
+            "prefill": ((self.params, self.state, tokens, number, row, row, how), (self.state, new_B)),
+            "decode": ((self.params, self.state, number, how), (self.state, new_BN)),
+            "step": ((self.params, self.state, how), (self.state, new_B)),
         }[kind]
 
     def _array(self, *axes: str | None, shape: tuple[int, ...] = (), dtype: Any = "int32") -> jax.ShapeDtypeStruct:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxllm import shard
 from jaxllm.lm import LM, check_tokens, logits
 
 
@@ -106,7 +107,7 @@ def window_sums(models: Sequence[LM], reference: LM, windows: Any) -> np.ndarray
         reference_TV = logits(reference, tokens_T[None])[0]
         for m, lm in enumerate(models):
             logits_TV = reference_TV if lm is reference else logits(lm, tokens_T[None])[0]
-            scores_T3 = np.asarray(score(logits_TV, reference_TV, tokens_T), np.float64)
+            scores_T3 = shard.to_host(score(logits_TV, reference_TV, tokens_T)).astype(np.float64)
             sums_MN3[m, n] = scores_T3[first - 1 :].sum(0)
             if lm is reference:
                 sums_MN3[m, n, 1:] = 0, len(tokens_T) - first  # rounding leaves a KL of some 1e-9

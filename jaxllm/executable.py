@@ -80,7 +80,8 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
     """What an executable for these devices depends on, as JSON: they, and the versions of what compiled it."""
     kind = devices[0].platform
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
-    found = {"platform": kind, "device_kind": devices[0].device_kind, "devices": len(devices)} | versions
+    found: dict[str, Any] = {"platform": kind, "device_kind": devices[0].device_kind} | versions
+    found["hosts"] = [device.process_index for device in devices]
     if kind == "tpu":
         where = [[*device.coords, device.core_on_chip] for device in devices]
         return found | {"libtpu": importlib.metadata.version("libtpu"), "coords": where}

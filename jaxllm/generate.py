@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllm import shard
+from jaxllm import hosts, shard
 from jaxllm.cache import init_cache
 from jaxllm.compile import Programs, compile_programs
 from jaxllm.config import ModelConfig
@@ -73,6 +73,7 @@ class Engine:
         """
         how = Sampling(**sampling)  # pyright: ignore[reportArgumentType]
         requests = self._requests(prompts, max_new_tokens, stop, stop_tokens)
+        self._require_same(requests, how, stop, stop_tokens)
         for _ in self._run(requests, how, stop_tokens):
             pass
         return [request.result for request in requests]
@@ -89,6 +90,7 @@ class Engine:
         """Yields the answer to one prompt as text that only grows, never a part of a character. See `generate`."""
         how = Sampling(**sampling)  # pyright: ignore[reportArgumentType]
         requests = self._requests([prompt], max_new_tokens, stop, stop_tokens)
+        self._require_same(requests, how, stop, stop_tokens)
         return (text for _, text in self._run(requests, how, stop_tokens) if text)
 
     def _requests(
@@ -110,6 +112,11 @@ class Engine:
             raise ValueError("Stop strings need a tokenizer and this model has none; use stop_tokens.")
         encoded = encode_prompts(prompts, self.cfg, self.tokenizer, self.max_len)  # pyright: ignore[reportArgumentType]
         return [self._request(tokens, max_new_tokens, stop) for tokens in encoded]
+
+    def _require_same(self, requests: list[_Request], *how: Any) -> None:
+        if shard.across_hosts(self.mesh):
+            asked = [(request.prompt, request.limit) for request in requests]
+            hosts.require_same("the prompts, or what was asked of them,", (asked, how))
 
     def _request(self, tokens: list[int], max_new_tokens: int, stop: Sequence[str]) -> _Request:
         text = None if self.tokenizer is None else self.tokenizer.stream(stop)
@@ -272,13 +279,19 @@ def compile(
     `shard.RULES`, tensor parallel; `shard.SEQUENCE_PARALLEL`, the cache of devices that share KV heads as well;
     `shard.FULLY_SHARDED`, the weights also over the batch's devices.
 
-    Raises ValueError when max_len is more than the model was trained for or the mesh does not divide the model.
+    A mesh may have devices of several processes (`hosts.join`). Each then has to compile the same and ask the same of
+    the engine, at the same time, and gets the same answers.
+
+    Raises ValueError when max_len is more than the model was trained for or the mesh does not divide the model,
+    or where processes want different things.
     """
     max_len = choose_max_len(lm.cfg, max_len)
+    if shard.across_hosts(mesh):
+        hosts.require_same("the model, batch, length, mesh or rules", (lm.cfg, lm.ledger, batch, max_len, mesh, rules))
     params = storable(lm.params, mesh)
     programs = compile_programs(lm.cfg, params, batch, max_len, mesh, rules=rules)
     if mesh is not None:
-        params = jax.device_put(params, shard.param_shardings(lm.cfg, params, mesh, rules))
+        params = shard.put(params, shard.param_shardings(lm.cfg, params, mesh, rules))
     return Engine(lm.cfg, params, programs, lm.tokenizer, max_len, mesh, rules)
 
 

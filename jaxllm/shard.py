@@ -15,7 +15,7 @@ from jaxllm.arrays import QArray
 from jaxllm.cache import KVCache, init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.lm import param_info
-from jaxllm.params import Params, flatten, unflatten
+from jaxllm.params import ParamInfo, Params, flatten, unflatten
 
 AXES = ("data", "model", "share")
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -44,8 +44,10 @@ def make_mesh(data: int = 1, model: int = 1, share: int = 1, devices: Sequence[A
 
     data: over how many the batch is split. model x share: over how many a copy of the model is. share: of these, how
         many have the same KV heads; for models with fewer of them than there are devices.
-    Raises ValueError when there are fewer devices than that.
+    devices: all by default, of every process that joined (`hosts.join`).
+    Raises ValueError when there are fewer devices than that, or a process would be left with none.
     """
+    everyone = devices is None
     devices = jax.devices() if devices is None else devices
     sizes = {"data": data, "model": model, "share": share}
     need = math.prod(sizes.values())
@@ -53,6 +55,12 @@ def make_mesh(data: int = 1, model: int = 1, share: int = 1, devices: Sequence[A
         raise ValueError(
             f"A mesh of {' x '.join(f'{name}={size}' for name, size in sizes.items())} needs {max(need, 1)} devices; "
             f"there are {len(devices)} ({devices[0].device_kind if devices else 'none'}). Choose a smaller mesh."
+        )
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:need]}
+    if everyone and idle:
+        raise ValueError(
+            f"A mesh of {need} of the {len(devices)} devices leaves processes {sorted(idle)} without any. Choose "
+            f"data x model x share of {len(devices)}, or give devices=jax.local_devices() for this process alone."
         )
     # AxisType.Auto is said outright: jax.make_mesh's default has changed between releases.
     return Mesh(np.array(devices[:need]).reshape(data, model, share), AXES, axis_types=(AxisType.Auto,) * 3)
@@ -99,26 +107,58 @@ def sharding(mesh: Mesh, rules: Rules, *axes: str | None) -> NamedSharding:
 
 
 def param_shardings(cfg: ModelConfig, params: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
-    """A NamedSharding for each array of `params`. A QArray's scales lie with its values where the mesh divides them."""
+    """A NamedSharding for each array of `params`, arrays or their shapes: see `leaf_shardings`."""
     info = param_info(cfg)
+    return unflatten({path: leaf_shardings(info[path], leaf, mesh, rules) for path, leaf in flatten(params).items()})
 
-    def shard(path: str, leaf: jax.Array | QArray):
-        axes = info[path].axes
-        values = sharding(mesh, rules, *axes)
-        if not isinstance(leaf, QArray):
-            return values
-        kept = leaf.scale.ndim - 1
-        chips = math.prod(mesh.shape[axis] for axis in axes_of(rules[axes[kept]]))
-        scale = sharding(mesh, rules, *axes[:kept], axes[kept] if leaf.groups % chips == 0 else None)
-        return QArray(
-            values,  # pyright: ignore[reportArgumentType]
-            scale,  # pyright: ignore[reportArgumentType]
-            None if leaf.zero_point is None else scale,  # pyright: ignore[reportArgumentType]
-            None if leaf.x_scale is None else NamedSharding(mesh, P()),  # pyright: ignore[reportArgumentType]
-            leaf.int8_inputs,
-        )
 
-    return unflatten({path: shard(path, leaf) for path, leaf in flatten(params).items()})
+def leaf_shardings(info: ParamInfo, leaf: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """Of a weight, or of a QArray's parts: its scales lie with its values where the mesh divides them."""
+    values = sharding(mesh, rules, *info.axes)
+    if not isinstance(leaf, QArray):
+        return values
+    kept = leaf.scale.ndim - 1
+    chips = math.prod(mesh.shape[axis] for axis in axes_of(rules[info.axes[kept]]))
+    scale = sharding(mesh, rules, *info.axes[:kept], info.axes[kept] if leaf.groups % chips == 0 else None)
+    return QArray(
+        values,  # pyright: ignore[reportArgumentType]
+        scale,  # pyright: ignore[reportArgumentType]
+        None if leaf.zero_point is None else scale,  # pyright: ignore[reportArgumentType]
+        None if leaf.x_scale is None else NamedSharding(mesh, P()),  # pyright: ignore[reportArgumentType]
+        leaf.int8_inputs,
+    )
+
+
+def across_hosts(mesh: Mesh | None) -> bool:
+    """Whether some of its devices belong to other processes, whose arrays this one cannot read."""
+    return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def put(params: Params, shardings: Params) -> Params:
+    """The weights where the shardings want them, those that lie there already as they are.
+
+    Where some devices belong to other processes, each process gives its own devices their part of what it holds whole.
+    """
+
+    def one(x: jax.Array, where: NamedSharding) -> jax.Array:
+        if x.is_fully_addressable and not where.is_fully_addressable:
+            host = np.asarray(x)  # device_put would first ask all processes whether they have the same
+            return jax.make_array_from_callback(x.shape, where, host.__getitem__)
+        return jax.device_put(x, where)
+
+    return jax.tree.map(one, params, shardings)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """An array's values, also where other processes hold parts of it: then all of them have to call this."""
+    if not x.is_fully_addressable and not x.is_fully_replicated:
+        mesh = x.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
+        x = jax.jit(_same, out_shardings=NamedSharding(mesh, P()))(x)
+    return np.asarray(x)
+
+
+def _same(x: jax.Array) -> jax.Array:  # has a name, so that it is compiled once a shape
+    return x
 
 
 def cache_shardings(cfg: ModelConfig, mesh: Mesh, split: bool, rules: Rules = RULES) -> KVCache:

@@ -272,7 +272,7 @@ def test_install_sends_a_package_that_can_be_built(cloud: Cloud, tmp_path: Path)
     assert cloud.run("install", "t1", *HOSTS).returncode == 0
     [scp, *ssh] = cloud.calls()
     names = subprocess.run(["tar", "-tzf", scp[5]], capture_output=True, text=True, check=True).stdout.split()
-    assert {"pyproject.toml", "README.md", "LICENSE", "jaxllm/__init__.py", "tpu_setup/generate.py"} <= set(names)
+    assert {"pyproject.toml", "README.md", "LICENSE", "jaxllm/__init__.py", "tpu_setup/tpu"} <= set(names)
     assert not any("__pycache__" in name for name in names)
     assert scp[6:] == ["t1:", "--zone=us-west4-a", "--quiet", "--worker=all"]
     assert all("uv venv --clear --python 3.12" in call[-1] and "'./src[tpu]'" in call[-1] for call in ssh)
@@ -430,6 +430,11 @@ def test_types_lists_chips_and_price(cloud: Cloud):
         assert int(row[1]) == math.prod(map(int, row[3].split("x")))
 
 
+def types() -> list[list[str]]:
+    lines = (ROOT / "tpu_setup" / "types.txt").read_text().splitlines()
+    return [line.split() for line in lines if not line.startswith("#")]
+
+
 def page_commands() -> list[str]:
     text = (ROOT / "tpu_setup" / "README.md").read_text()
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
@@ -449,8 +454,10 @@ def test_every_command_of_the_page_is_accepted(cloud: Cloud):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         remote = words[at + 2 :]
         if remote[:1] == ["jaxllm"]:
-            _, prompts = parser().parse_known_args(remote[1:])
+            args, prompts = parser().parse_known_args(remote[1:])
             assert not any(word.startswith("-") for word in prompts), command
+            several = int(next(row for row in types() if row[0] == words[words.index("--type") + 1])[2]) > 1
+            assert getattr(args, "hosts", None) == ("auto" if several else None), command
         elif remote and remote[1] != "-c":
             assert (ROOT / remote[1].removeprefix("src/")).exists(), command
     assert cloud.calls() == []

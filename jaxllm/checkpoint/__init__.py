@@ -8,11 +8,14 @@ headers before a weight is read, and nothing here runs code that came with them.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxllm import hub
+from jax.sharding import Mesh
+
+from jaxllm import hub, shard
 from jaxllm.checkpoint import hf, native
 from jaxllm.checkpoint.estimate import Estimate
 from jaxllm.checkpoint.source import open_path
@@ -34,17 +37,22 @@ __all__ = [
 
 
 def load(
-    name_or_path: str | os.PathLike[str], dtype: str | None = None, *, log: Callable[[str], None] | None = None
+    name_or_path: str | os.PathLike[str],
+    dtype: str | None = None,
+    *,
+    mesh: Mesh | None = None,
+    rules: shard.Rules = shard.RULES,
+    log: Callable[[str], None] | None = None,
 ) -> LM:
     """Loads a model by name or path: finds it with `hub.resolve`, then reads it with `load_path`.
 
     name_or_path, log: see `hub.resolve`; a Hugging Face id, a directory, a .gguf file or a known name.
-    dtype: see `load_path`.
+    dtype, mesh, rules: see `load_path`.
     Raises hub.HubError when it cannot be had, and what `load_path` raises.
     """
     use_compilation_cache()  # whatever comes next compiles
     source = hub.resolve(name_or_path, log=log)
-    return load_path(source.path, origin=source.origin, dtype=dtype)
+    return load_path(source.path, origin=source.origin, dtype=dtype, mesh=mesh, rules=rules)
 
 
 def load_header(
@@ -60,18 +68,34 @@ def load_header(
     return LM(reader.cfg, unflatten(reader.shapes or {}), reader.ledger, reader.tokenizer)
 
 
-def load_path(path: str | os.PathLike[str], *, origin: str, dtype: str | None = None) -> LM:
+def load_path(
+    path: str | os.PathLike[str],
+    *,
+    origin: str,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: shard.Rules = shard.RULES,
+) -> LM:
     """Loads what is at `path`: a directory of `save`, a Hugging Face directory, or a .gguf file.
 
     origin: where the files come from, in a line, for the ledger. A directory of `save` has a ledger already.
     dtype: of float weights and activations: "float32", "bfloat16" or "float16". None keeps the checkpoint's, and
         means float32 for a quantised GGUF, whose weights are dequantised. Weights that compressed-tensors, GPTQ or
         AWQ quantised stay as they are stored.
+    mesh, rules: as of `generate.compile`: each weight goes straight to where they want it, and no device holds another
+        part. A process, of several that share the mesh, reads the parts that its own devices hold: of float weights in
+        safetensors no other byte, of a GGUF matrix its rows, of jaxllm's own format its chunks, all of whose files are
+        hashed, and of weights that other tools quantised, and of int4 and sparse ones, everything, one by one.
     Memory: the weights, one tensor more, and what Python and JAX take.
-    Raises FileNotFoundError when nothing is there, ValueError when it cannot be read, before reading weights where
-    headers tell.
+    Raises FileNotFoundError when nothing is there, ValueError when it cannot be read or the mesh does not divide it,
+    before reading weights where headers tell.
     """
-    return open_path(Path(path), origin=origin, dtype=dtype).lm()
+    if mesh is None:
+        return open_path(Path(path), origin=origin, dtype=dtype).lm()
+    place = functools.partial(shard.leaf_shardings, mesh=mesh, rules=rules)
+    reader = open_path(Path(path), origin=origin, dtype=dtype, place=place)
+    shard.check_mesh(reader.cfg, mesh, batch=mesh.size, rules=rules)  # a batch that fits; the true one is not known yet
+    return reader.lm()
 
 
 def save(lm: LM, path: str | os.PathLike[str]) -> None:

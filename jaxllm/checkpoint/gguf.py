@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from jaxllm.checkpoint import names
+from jaxllm.checkpoint.place import Box, Place, target
 from jaxllm.checkpoint.reader import Lazy, Reader, float_shapes, in_group
 from jaxllm.config import LinearRope, Llama3Rope, ModelConfig
 from jaxllm.lm import Entry, param_info
@@ -47,10 +48,11 @@ class _Tensor(NamedTuple):
     nbytes: int
 
 
-def reader(path: Path, *, origin: str, dtype: str | None = None) -> Reader:
+def reader(path: Path, *, origin: str, dtype: str | None = None, place: Place | None = None) -> Reader:
     """Opens a .gguf file, whose weights are then read a piece of a tensor at a time.
 
     dtype: None takes float32 when matrices are quantised or of several types, else the one float type they have.
+    place: where weights are put. Of a matrix only the rows are read that this process's devices have a part of.
     Raises ValueError, before any weight is read, for an architecture, a quantisation, a tensor or a shape that is
     not as it should be, and for a damaged file.
     """
@@ -69,16 +71,26 @@ def reader(path: Path, *, origin: str, dtype: str | None = None) -> Reader:
     tokenizer = _tokenizer(metadata)
     info, interleaved = param_info(cfg), metadata["general.architecture"] == "llama"
 
-    def load(key: str, name: str) -> jax.Array:
+    def read_part(key: str, name: str, box: Box) -> np.ndarray:
+        shape, stored_rows = info[key].shape, math.prod(tensors[name].shape[:-1])
+        # A matrix has one or more rows for each index on the first axis; a vector is one row.
+        per_index, first, last = stored_rows // shape[0], box[0].start, box[0].stop
+        if not per_index:
+            per_index, first, last = 1, 0, 1
         with open(path, "rb") as file:  # not by a memory map: pages that were read count as memory in use
-            host = _dequantize(file, tensors[name])
+            host = _dequantize(file, tensors[name], first * per_index, last * per_index)
         if not np.isfinite(host).all():
             raise ValueError(f"{path}: {name} has weights that are not finite; the file is damaged.")
         if interleaved and key.endswith(("attn/q/w", "attn/k/w")):
             # Rotation turns neighbours, [N, H/2, 2, D], in these files, and halves here: [N, 2, H/2, D].
-            N, H, D = info[key].shape
-            host = host.reshape(N, H // 2, 2, D).swapaxes(1, 2)
-        return names.to_device(host, info[key].shape, cfg.dtype, name)
+            _, H, D = shape
+            host = host.reshape(-1, H // 2, 2, D).swapaxes(1, 2)
+        host = host.reshape(-1, *shape[1:])
+        return host[slice(box[0].start - first, box[0].stop - first), *box[1:]]
+
+    def load(key: str, name: str) -> jax.Array:
+        leaf = target(info[key], cfg.dtype, place)
+        return names.to_device(functools.partial(read_part, key, name), leaf, name)
 
     def read(group: str) -> Lazy:
         return {name: functools.partial(load, key, stored[key]) for name, key in in_group(group, stored).items()}
@@ -172,14 +184,14 @@ def _check_kind(tensor: _Tensor) -> None:
         raise ValueError(f"{tensor.name} is {tensor.kind.name}, which the gguf library cannot dequantise.") from None
 
 
-def _dequantize(file: BinaryIO, tensor: _Tensor) -> np.ndarray:
-    """Float32 [rows, columns]; a vector is one row."""
-    columns = tensor.shape[-1]
-    rows = math.prod(tensor.shape[:-1])
-    row_bytes = tensor.nbytes // rows
+def _dequantize(file: BinaryIO, tensor: _Tensor, first: int = 0, last: int | None = None) -> np.ndarray:
+    """Float32 [rows, columns] of the rows from `first` to `last`, all by default; a vector is one row."""
+    columns, all_rows = tensor.shape[-1], math.prod(tensor.shape[:-1])
+    rows = (all_rows if last is None else last) - first
+    row_bytes = tensor.nbytes // all_rows
     out = np.empty((rows, columns), np.float32)
     step = max(1, _CHUNK // columns)
-    file.seek(tensor.start)
+    file.seek(tensor.start + first * row_bytes)
     for start in range(0, rows, step):
         count = min(step, rows - start)
         stored = np.fromfile(file, np.uint8, count * row_bytes)

@@ -17,6 +17,7 @@ from jaxllm.checkpoint import compressed, gptq_awq, names
 from jaxllm.checkpoint.leaves import check_leaves, describe
 from jaxllm.checkpoint.native import load_tokenizer, new_directory
 from jaxllm.checkpoint.pad import pad, widest
+from jaxllm.checkpoint.place import Place, target
 from jaxllm.checkpoint.reader import Lazy, Reader, float_shapes, in_group
 from jaxllm.checkpoint.tensors import (
     FLOATS,
@@ -39,12 +40,14 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD_BYTES = 2_000_000_000
 
 
-def reader(path: Path, *, origin: str, dtype: str | None = None) -> Reader:
+def reader(path: Path, *, origin: str, dtype: str | None = None, place: Place | None = None) -> Reader:
     """Opens a Hugging Face directory, whose weights are then read one tensor at a time.
 
     Weights that another tool quantised stay as they are.
 
     dtype: of float weights and activations; None takes config.json's.
+    place: where weights are put. Of a float weight no more is read than this process's devices hold; of a quantised
+        one, everything.
     Raises ValueError, before any weight is read, for an architecture, a file, a tensor or a shape that is not as it
     should be. Pickles (pytorch_model.bin) are not read: they can run code.
     """
@@ -58,7 +61,7 @@ def reader(path: Path, *, origin: str, dtype: str | None = None) -> Reader:
             files[name], headers[name] = shard, header
 
     def read_stored(name: str) -> np.ndarray:
-        return read_tensor(files[name], name, headers[name][0])
+        return read_tensor(files[name], name)
 
     modules = _quantised(quantization, cfg, headers, read_stored, path)
     parts = {part for module in modules.values() for part in module.parts}
@@ -82,8 +85,9 @@ def reader(path: Path, *, origin: str, dtype: str | None = None) -> Reader:
 
     def load(key: str, name: str) -> Weight:
         if module := modules.get(name.removesuffix(".weight")):
-            return to_leaf(module.read(read_stored), info[key], name)
-        return names.to_device(read_stored(name), info[key].shape, cfg.dtype, name)
+            return to_leaf(module.read(read_stored), info[key], name, place)
+        leaf = target(info[key], cfg.dtype, place)
+        return names.to_device(functools.partial(read_tensor, files[name], name, leaf.shape), leaf, name)
 
     def read(group: str) -> Lazy:
         return {name: functools.partial(load, key, stored[key]) for name, key in in_group(group, stored).items()}

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxllm.arrays import QArray, Weight
 from jaxllm.checkpoint.names import listing
+from jaxllm.checkpoint.place import Place, put_host
 from jaxllm.config import ModelConfig
 from jaxllm.lm import param_info
 from jaxllm.params import ParamInfo
@@ -101,53 +102,63 @@ def encode(leaf: Weight) -> tuple[dict[str, Any], Fields]:
     }
 
 
-def stored(leaf: Description, info: ParamInfo, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """The arrays that `encode` made of a leaf so described, by name. dtype: that floats are to be read as."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+def expected(leaf: Description, info: ParamInfo, dtype: str, place: Place | None = None) -> Any:
+    """The weight that a description stands for: shapes and types, and where a place is given, shardings.
+
+    dtype: that floats are to be read as.
+    """
 
     def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+
+    out: Any = array(info.shape, leaf["dtype"] if leaf["kind"] == "qarray" else dtype)
+    if leaf["kind"] == "qarray":
+        scales = (*info.shape[: len(info.shape) - info.contracted], leaf["groups"])
+        zero_point = array(scales, "int8") if leaf["zero_point"] else None
+        x_scale = array((), "float32") if leaf["x_scale"] else None
+        out = QArray(out, array(scales, leaf["scale_dtype"]), zero_point, x_scale, leaf["int8_inputs"])  # pyright: ignore
+    if place is None:
+        return out
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), out, place(info, out))
+
+
+def stored(leaf: Description, weight: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The arrays that `encode` made of a leaf so described, by name, and where to read them to.
+
+    weight: `expected` of it. What has another form in memory than in the file is read whole, onto one device.
+    """
+
+    def array(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
 
-    size = math.prod(info.shape)
+    size = math.prod(weight.shape)
     if leaf["kind"] == "array":
-        return {"array": array(info.shape, dtype)}
+        return {"array": array(weight.shape, weight.dtype, weight.sharding)}
     if leaf["kind"] == "sparse":
-        return {"mask": array((-(-size // 8),), "uint8"), "values": array((max(1, leaf["nonzeros"]),), dtype)}
-    scales = (*info.shape[: len(info.shape) - info.contracted], leaf["groups"])
-    packed = leaf["dtype"] == "int4"
-    fields = {"values": array((-(-size // 2),), "uint8") if packed else array(info.shape, leaf["dtype"])}
-    fields["scale"] = array(scales, leaf["scale_dtype"])
-    return (
-        fields
-        | ({"zero_point": array(scales, "int8")} if leaf["zero_point"] else {})
-        | ({"x_scale": array((), "float32")} if leaf["x_scale"] else {})
-    )
+        return {"mask": array((-(-size // 8),), "uint8"), "values": array((max(1, leaf["nonzeros"]),), weight.dtype)}
+    parts = {"values": weight.values, "scale": weight.scale, "zero_point": weight.zero_point, "x_scale": weight.x_scale}
+    fields = {name: array(part.shape, part.dtype, part.sharding) for name, part in parts.items() if part is not None}
+    return fields | ({"values": array((-(-size // 2),), "uint8")} if leaf["dtype"] == "int4" else {})
 
 
-def shaped(leaf: Description, info: ParamInfo, dtype: str) -> Any:
-    """The weight so described as shapes: a jax.ShapeDtypeStruct, or a QArray of them. dtype: as for `stored`."""
-    if leaf["kind"] != "qarray":
-        return jax.ShapeDtypeStruct(info.shape, jnp.dtype(dtype))
-    parts: dict[str, Any] = {
-        key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in stored(leaf, info, dtype).items()
-    }
-    parts["values"] = jax.ShapeDtypeStruct(info.shape, jnp.dtype(leaf["dtype"]))
-    return QArray(int8_inputs=leaf["int8_inputs"], **parts)
-
-
-def decode(leaf: Description, fields: Fields) -> Weight:
+def decode(leaf: Description, fields: Fields, weight: Any) -> Weight:
     """The inverse of `encode`. Empties `fields`, so that no array is held longer than it is needed.
 
+    weight: `expected` of the leaf.
     Raises ValueError for a sparse leaf whose bits are not as many as its values.
     """
     if leaf["kind"] == "array":
         return fields.pop("array")
     shape = tuple(leaf["shape"])
     if leaf["kind"] == "sparse":
-        return _spread(np.asarray(fields.pop("mask")), np.asarray(fields.pop("values"))[: leaf["nonzeros"]], shape)
+        host = _spread(np.asarray(fields.pop("mask")), np.asarray(fields.pop("values"))[: leaf["nonzeros"]], shape)
+        return put_host(host, weight.sharding)
     values = fields.pop("values")
     if leaf["dtype"] == "int4":
-        values = _unpack(values, shape)
+        # By way of the host, for one device as well: on CPU a program compiled ahead refuses what _unpack makes, taking
+        # its layout for another (jax 0.10).
+        values = put_host(np.asarray(_unpack(values, shape)), weight.values.sharding)
     out = QArray(values, int8_inputs=leaf["int8_inputs"], **fields)
     fields.clear()
     return out
@@ -177,7 +188,7 @@ def _squeeze(w: jax.Array, nonzeros: int) -> Fields:
     return {"mask": jnp.asarray(mask), "values": jnp.asarray(values)}
 
 
-def _spread(mask: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+def _spread(mask: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     out, used = np.zeros(math.prod(shape), values.dtype), 0
     for start in range(0, out.size, _CHUNK):
         part = out[start : start + _CHUNK]
@@ -189,7 +200,7 @@ def _spread(mask: np.ndarray, values: np.ndarray, shape: tuple[int, ...]) -> jax
         used += count
     if used < values.size:
         raise ValueError(f"its mask marks {used} of its {values.size} values")
-    return jax.device_put(out.reshape(shape)).block_until_ready()
+    return out.reshape(shape)
 
 
 @jax.jit

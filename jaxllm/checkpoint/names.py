@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from jaxllm import lm
+from jaxllm.checkpoint.place import Box, put
 from jaxllm.config import ModelConfig
 from jaxllm.params import ParamInfo
 
@@ -89,20 +90,24 @@ def match(
     return names
 
 
-def to_device(host: np.ndarray, shape: tuple[int, ...], dtype: str, name: str) -> jax.Array:
-    """The weight in `dtype` on the default device. `host` is the caller's last use of it: the result may alias it.
+def to_device(read: Callable[[Box], np.ndarray], leaf: jax.ShapeDtypeStruct, name: str) -> jax.Array:
+    """The weight in the type and shape, and where, `leaf` says; on the default device where it has no sharding.
 
+    read: a part of it, in any float type. It does not keep what it returns: the weight may alias it.
     Raises ValueError when float16 cannot hold a value.
     """
-    target = np.dtype(dtype)
-    if target == np.float16 and host.dtype != target:
-        try:
-            with np.errstate(over="raise"):
-                host = host.astype(np.float32, copy=False).astype(target)
-        except FloatingPointError:
-            raise ValueError(BEYOND_FLOAT16.format(name)) from None
-    host = host.astype(target, copy=False).reshape(shape)
-    return jax.device_put(host).block_until_ready()  # the host copy can go before the next one is made
+
+    def cast(box: Box) -> np.ndarray:
+        host = read(box)
+        if leaf.dtype == np.float16 and host.dtype != leaf.dtype:
+            try:
+                with np.errstate(over="raise"):
+                    return host.astype(np.float32, copy=False).astype(leaf.dtype)
+            except FloatingPointError:
+                raise ValueError(BEYOND_FLOAT16.format(name)) from None
+        return host.astype(leaf.dtype, copy=False)
+
+    return put(leaf.shape, leaf.sharding, cast)
 
 
 def listing(names: Collection[str]) -> str:

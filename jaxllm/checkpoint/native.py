@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.arrays import Weight
-from jaxllm.checkpoint.leaves import Description, Fields, check_leaves, decode, describe, encode, shaped, stored
+from jaxllm.checkpoint.leaves import Description, Fields, check_leaves, decode, describe, encode, expected, stored
 from jaxllm.checkpoint.names import BEYOND_FLOAT16, listing, read_json
+from jaxllm.checkpoint.place import Place
 from jaxllm.checkpoint.reader import Lazy, Reader, in_group
 from jaxllm.config import ModelConfig
 from jaxllm.lm import LM, Entry, param_info
@@ -78,10 +79,12 @@ def write_manifest(path: Path, lm: LM, leaves: Mapping[str, Description], files:
     (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
-def reader(path: Path, *, dtype: str | None = None) -> Reader:
+def reader(path: Path, *, dtype: str | None = None, place: Place | None = None) -> Reader:
     """Opens a directory that `save` wrote. The ledger is the saved one, unchanged.
 
     dtype: casts float weights and the type computed in; quantised values and their scales stay as they are.
+    place: where weights are put. Only the chunks are read that this process's devices have a part of; of int4 and
+        sparse weights everything. But every process hashes all of the files.
     Raises ValueError, naming the directory, when anything in it is missing, changed or of another version.
     """
     manifest = read_json(path / MANIFEST)
@@ -115,13 +118,13 @@ def reader(path: Path, *, dtype: str | None = None) -> Reader:
         found = {f"{group}/{name}": digest for name, digest in digests(path / ARRAYS / group).items()}
         require_unchanged([name for name in files if name.startswith(f"{group}/") and found.get(name) != files[name]])
         own, info = in_group(group, leaves), param_info(target)
-        expected = {name: stored(leaves[key], info[key], target.dtype) for name, key in own.items()}
-        arrays = read_arrays(path / ARRAYS / group, expected)
-        return {name: functools.partial(load, key, arrays[name]) for name, key in own.items()}
+        weights = {name: expected(leaves[key], info[key], target.dtype, place) for name, key in own.items()}
+        arrays = read_arrays(path / ARRAYS / group, {name: stored(leaves[own[name]], weights[name]) for name in own})
+        return {name: functools.partial(load, key, arrays[name], weights[name]) for name, key in own.items()}
 
-    def load(key: str, fields: Fields) -> Weight:
+    def load(key: str, fields: Fields, weight: Any) -> Weight:
         try:
-            leaf = decode(leaves[key], fields)
+            leaf = decode(leaves[key], fields, weight)
         except ValueError as error:
             raise ValueError(f"{path}: {key} cannot be read: {error}.") from error
         if target.dtype == "float16" != cfg.dtype and isinstance(leaf, jax.Array) and not jnp.isfinite(leaf).all():
@@ -131,10 +134,10 @@ def reader(path: Path, *, dtype: str | None = None) -> Reader:
     bits = {
         key: 8 * sum(math.prod(part.shape) * part.dtype.itemsize for part in parts.values()) / math.prod(leaf["shape"])
         for key, leaf in leaves.items()
-        if leaf["kind"] == "qarray" and (parts := stored(leaf, param_info(cfg)[key], cfg.dtype))
+        if leaf["kind"] == "qarray" and (parts := stored(leaf, expected(leaf, param_info(cfg)[key], cfg.dtype)))
     }
     names = (path / MANIFEST, *(path / ARRAYS / name for name in files))
-    shapes = {key: shaped(leaf, param_info(target)[key], target.dtype) for key, leaf in leaves.items()}
+    shapes = {key: expected(leaf, param_info(target)[key], target.dtype) for key, leaf in leaves.items()}
     return Reader(target, ledger, tokenizer, names, read, bits, shapes)
 
 

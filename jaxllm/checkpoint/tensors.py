@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from jaxllm.arrays import QArray, Weight, dequantize
+from jaxllm.checkpoint.place import Box, Place, put_host, whole
 from jaxllm.formats import Format
 from jaxllm.params import ParamInfo
 
@@ -75,17 +76,39 @@ def open_file(file: Path):
         raise ValueError(f"{file} is no complete safetensors file: {error}.") from error
 
 
-def read_tensor(file: Path, name: str, code: str) -> np.ndarray:
-    """One tensor. A mapping of its own for each: pages that were read count as memory in use until it is closed."""
-    with open_file(file) as opened:  # checks every offset in the header
-        if code != "F8_E4M3":
-            return opened.get_tensor(name)
-    with open(file, "rb") as raw:  # NumPy alone has no such type, and the library gives up
+def read_tensor(file: Path, name: str, shape: tuple[int, ...] | None = None, box: Box | None = None) -> np.ndarray:
+    """One tensor, or a part of it, of which no other byte is read.
+
+    shape: to take it as; its own by default. box: of that shape; all of it by default.
+    """
+    open_file(file)  # checks every offset in the header
+    with open(file, "rb", buffering=0) as raw:  # a buffer reads ahead; a mapping counts as memory in use
         size = int.from_bytes(raw.read(8), "little")
         entry = json.loads(raw.read(size))[name]
-        start, end = entry["data_offsets"]
-        raw.seek(8 + size + start)
-        return np.frombuffer(raw.read(end - start), jnp.dtype("float8_e4m3fn")).reshape(entry["shape"])
+        shape = tuple(entry["shape"]) if shape is None else shape
+        box = whole(shape) if box is None else box
+        out = np.empty([part.stop - part.start for part in box], jnp.dtype(_DTYPES[entry["dtype"]]))
+        first = 8 + size + entry["data_offsets"][0]
+        for at, piece in _runs(shape, box, out):
+            raw.seek(first + at)
+            while piece:  # one call reads 2 GB at most
+                if not (count := raw.readinto(piece)):
+                    raise ValueError(f"{file} ends before {name} does. Is the download complete?")
+                piece = piece[count:]
+    return out
+
+
+def _runs(shape: tuple[int, ...], box: Box, out: np.ndarray) -> Iterator[tuple[int, memoryview]]:
+    """Where each stretch of a box begins, in bytes from the tensor's start, and where in `out` it is to go."""
+    cut = [i for i, part in enumerate(box) if part.stop - part.start < shape[i]]
+    axis = cut[-1] if cut else 0  # what lies behind the last one that is cut is read in one
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    starts = np.int64(box[axis].start * strides[axis] if shape else 0)
+    for part, stride in zip(box[:axis], strides, strict=False):
+        starts = np.add.outer(starts, np.arange(part.start, part.stop) * stride)
+    starts = starts.reshape(-1) * out.itemsize
+    pieces = out.reshape(len(starts), -1).view(np.uint8)
+    return ((int(start), piece.data) for start, piece in zip(starts, pieces, strict=True))
 
 
 def write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -139,8 +162,8 @@ def format_of(w: QArray) -> Format:
     return Format(values, None if w.groups == 1 else width // w.groups, w.zero_point is not None, inputs)
 
 
-def to_leaf(w: QArray, info: ParamInfo, name: str) -> QArray:
-    """The weight in the model's shape, on the default device.
+def to_leaf(w: QArray, info: ParamInfo, name: str, place: Place | None = None) -> QArray:
+    """The weight in the model's shape, on the default device where no place is given.
 
     Raises ValueError for scales that are no positive numbers: they would make every logit NaN.
     """
@@ -152,4 +175,6 @@ def to_leaf(w: QArray, info: ParamInfo, name: str) -> QArray:
     kept = info.shape[: len(info.shape) - info.contracted]
     per_group = (None if part is None else part.reshape(*kept, -1) for part in (w.scale, w.zero_point))
     moved = QArray(w.values.reshape(info.shape), *per_group, w.x_scale, w.int8_inputs)  # pyright: ignore
-    return jax.tree.map(lambda part: jax.device_put(part).block_until_ready(), moved)
+    if place is None:
+        return jax.tree.map(lambda part: put_host(part, None), moved)
+    return jax.tree.map(put_host, moved, place(info, moved))

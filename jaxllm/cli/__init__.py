@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxllm.cli import arguments, compress, plan, run
-from jaxllm.cli.common import finite, log
+from jaxllm.cli.common import finite, log, together
 
 COMMANDS = {
     "quickstart": run.quickstart,
@@ -39,10 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     _show_progress()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt does: what is half-written is removed
     try:
-        result = COMMANDS[args.command](args)
-        if args.json:
-            print(json.dumps(finite(result), allow_nan=False))
-        sys.stdout.flush()
+        with together(args):
+            result = COMMANDS[args.command](args)
+            if args.json:
+                print(json.dumps(finite(result), allow_nan=False))
+            sys.stdout.flush()
         return 0
     except KeyboardInterrupt:
         print("\njaxllm: interrupted", file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from jaxllm import formats
+from jaxllm.hosts import JOIN_S
 from jaxllm.search import Unit
 from jaxllm.transforms.quantize import Clip, Method
 
@@ -64,7 +65,19 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=int, default=0, help="default %(default)s")
         sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable")
         sub.add_argument("--system", help="system message, for a chat model")
+        mesh(sub)
+
+    def mesh(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--mesh", metavar="data=1,model=4,share=1", help="devices to shard over (default: one)")
+        sub.add_argument(
+            "--hosts",
+            metavar="auto|ADDRESS:PORT,COUNT,INDEX",
+            help="join the processes that run this command on other hosts, for a --mesh over the devices of all; auto: "
+            "on Cloud TPU slices, Slurm, MPI; else where process 0 is, how many there are, and which this is, from 0",
+        )
+        sub.add_argument(
+            "--join-timeout", type=int, default=JOIN_S, help="seconds to wait for the other hosts (default %(default)s)"
+        )
 
     sub = command("quickstart", "compact, quantise, compile and compare a small model, and ask it something")
     sub.add_argument("--model", default="smollm2-135m", metavar="MODEL", help="default %(default)s")
@@ -162,6 +175,7 @@ def parser() -> argparse.ArgumentParser:
     model(sub)
     sub.add_argument("--reference", metavar="MODEL", help="what KL and agreement are against (default: MODEL itself)")
     windows(sub, 16)
+    mesh(sub)
     sub.add_argument("--stride", type=int, help="tokens that windows move on by (default: they do not overlap)")
     sub.add_argument("--tasks", help="lm-eval tasks, by name or .yaml file, separated by commas, instead of a text")
     sub.add_argument("--task-dir", type=Path, help="directory with the tasks that --tasks names")
@@ -173,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     model(sub, nargs="+")
     sub.add_argument("--prompt-tokens", type=int, default=64, help="default %(default)s")
     sub.add_argument("--new-tokens", type=int, default=64, help="default %(default)s")
-    sub.add_argument("--mesh", metavar="data=1,model=4,share=1", help="devices to shard over (default: one)")
+    mesh(sub)
     timing(sub)
 
     sub = command("plan", "predict a model on TPU slices, by compiling it for them: no TPU is needed")

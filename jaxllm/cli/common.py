@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 import jaxllm
-from jaxllm import report
+from jaxllm import hosts, report
+from jaxllm.bundle import is_bundle
 from jaxllm.textfiles import read_text
 
 
@@ -33,9 +35,52 @@ def log(message: str) -> None:
     print(f"jaxllm: {message}", file=sys.stderr, flush=True)
 
 
-def load(name: str, dtype: str | None = None) -> Any:
+@contextlib.contextmanager
+def together(args: argparse.Namespace) -> Iterator[None]:
+    """Runs a block with the processes on other hosts, if --hosts is given: all compute, the first alone prints."""
+    if (spec := getattr(args, "hosts", None)) is None:
+        yield
+        return
+    if args.command == "chat":
+        raise ValueError("chat is for one host, where someone types; use generate --chat with --hosts.")
+    if args.mesh is None and not is_bundle(args.model):
+        raise ValueError("--hosts needs --mesh, which says how the devices of all of them are used.")
+    if args.join_timeout < 1:
+        raise ValueError(f"--join-timeout is {args.join_timeout}; expected a positive number of seconds.")
+    if args.command == "generate" and not args.prompt:
+        raise ValueError("With --hosts, give prompts as arguments: standard input is another on each host.")
+    if getattr(args, "tasks", None) is not None:
+        raise ValueError("--tasks run on one host; leave --hosts out.")
+    with hosts.join(place(spec), timeout_s=args.join_timeout) as group, _first_prints(group.index):
+        yield
+
+
+def place(spec: str) -> hosts.Place | None:
+    """place("10.0.0.1:1234,4,0"); None for "auto"."""
+    if spec == "auto":
+        return None
+    try:
+        coordinator, count, index = spec.split(",")
+        return hosts.Place(coordinator, int(count), int(index))
+    except ValueError:
+        raise ValueError(
+            f"--hosts is {spec!r}; expected auto, or ADDRESS:PORT,COUNT,INDEX with the address of process 0 and an "
+            "index from 0 to COUNT - 1."
+        ) from None
+
+
+@contextlib.contextmanager
+def _first_prints(index: int) -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, os.fdopen(os.dup(1), "w") as real:
+        os.dup2(nowhere.fileno(), 1)  # to which Gloo writes
+        out, errors = (nowhere, nowhere) if index else (real, sys.stderr)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            yield
+
+
+def load(name: str, dtype: str | None = None, mesh: Any = None) -> Any:
     start = time.perf_counter()
-    lm = jaxllm.load(name, dtype, log=log)
+    lm = jaxllm.load(name, dtype, mesh=mesh, log=log)
     log(
         f"loaded {name}: {lm.num_params / 1e6:.1f} M parameters, {lm.weight_bytes / 1e6:.0f} MB, "
         f"{time.perf_counter() - start:.1f} s"

@@ -73,7 +73,7 @@ def _compiler(args: argparse.Namespace) -> tuple[Any, Callable[[int], Any]]:
         engine = load_bundle(args.model)
         return engine, lambda batch: engine
     mesh = common.mesh(args.mesh)
-    lm = common.load(args.model, args.dtype)
+    lm = common.load(args.model, args.dtype, mesh)
 
     def compile(batch: int) -> Any:
         common.log("compiling")
@@ -154,8 +154,11 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--task-dir, --limit, --num-fewshot and --chat-template go with --tasks, which is not given.")
     if args.tasks is not None and any(value is not None for value in (args.reference, args.text, args.stride)):
         raise ValueError("--tasks is instead of a text; leave --reference, --text and --stride out.")
-    lm = common.load(args.model, args.dtype)
-    reference = lm if args.reference is None else common.load(args.reference, args.dtype)
+    if args.tasks is not None and args.mesh is not None:
+        raise ValueError("--tasks run on one device; leave --mesh out.")
+    mesh = common.mesh(args.mesh)
+    lm = common.load(args.model, args.dtype, mesh)
+    reference = lm if args.reference is None else common.load(args.reference, args.dtype, mesh)
     if args.tasks is not None:
         return _tasks(args, lm)
     windows = common.sliding_windows(args, lm)
@@ -199,7 +202,7 @@ def _tasks(args: argparse.Namespace, lm: Any) -> dict[str, Any]:
 def bench(args: argparse.Namespace) -> dict[str, Any]:
     work = Workload(args.prompt_tokens, args.new_tokens, args.rounds, args.batch, args.max_len)
     mesh = common.mesh(args.mesh)
-    models = {name: common.load(name, args.dtype) for name in dict.fromkeys(args.model)}
+    models = {name: common.load(name, args.dtype, mesh) for name in dict.fromkeys(args.model)}
     for lm in models.values():
         choose_max_len(lm.cfg, args.max_len)
     engines = {}
