@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,12 @@ class Spec:
     batch: int
     max_len: int
 
+    def __post_init__(self):
+        if self.max_len < GOLDEN:
+            raise ValueError(
+                f"The context is {self.max_len}; a bundle's has at least {GOLDEN} tokens, to be checked with."
+            )
+
     def make_mesh(self, devices: Sequence[Any]) -> Mesh | None:
         return None if self.mesh is None else shard.make_mesh(**self.mesh, devices=devices)
 
@@ -73,11 +80,19 @@ def is_bundle(path: str | Path) -> bool:
 
 def lower(spec: Spec, cfg: ModelConfig, params: Params, devices: Sequence[Any]) -> tuple[Lowering, dict[str, Any]]:
     """The programs of a bundle, to be compiled. params: shapes. devices: of the target."""
-    mesh = spec.make_mesh(devices)
-    lowering = Lowering(
-        cfg, storable(params, mesh), spec.batch, spec.max_len, mesh, spec.rules, platform=devices[0].platform
-    )
+    lowering = _lowering(spec, cfg, params, devices)
     return lowering, lowering.serving() | {_PROBE: lowering.probe(GOLDEN)}
+
+
+def _lowering(spec: Spec, cfg: ModelConfig, params: Params, devices: Sequence[Any]) -> Lowering:
+    mesh = spec.make_mesh(devices)
+    return Lowering(cfg, storable(params, mesh), spec.batch, spec.max_len, mesh, spec.rules, devices[0].platform)
+
+
+def _environment(lowering: Lowering, devices: Sequence[Any]) -> dict[str, Any]:
+    """All that must be the same for compiled programs to run. signature: what this jaxllm calls them with."""
+    signatures = [str(lowering.signature(*parse(name))) for name in (*lowering.names(), _PROBE)]
+    return executable.environment(devices) | {"signature": _hash("".join(signatures).encode())}
 
 
 def write(path: Path, spec: Spec, compiled: Mapping[str, Any], devices: Sequence[Any]) -> None:
@@ -92,8 +107,9 @@ def write(path: Path, spec: Spec, compiled: Mapping[str, Any], devices: Sequence
     np.save(path / _LOGITS, golden_logits(reader, golden_tokens(reader.cfg.vocab_size)), allow_pickle=False)
     for name, blob in portable(reader, spec).items():
         _write(path / "portable" / _file(name, "jax"), blob)
-    mesh = spec.make_mesh(devices)
-    here = executable.environment(devices[:1] if mesh is None else list(mesh.devices.flat))
+    used = devices[:1] if spec.mesh is None else devices[: math.prod(spec.mesh.values())]
+    assert reader.shapes is not None
+    here = _environment(_lowering(spec, reader.cfg, unflatten(reader.shapes), used), used)
     manifest = {"version": _VERSION, **dataclasses.asdict(spec), "environment": here, "programs": hashes}
     _write(path / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
@@ -163,8 +179,8 @@ def load_bundle(path: str | Path) -> Engine:
         hosts.require_same("the bundle", manifest)
     lm = load_path(path, origin="", mesh=mesh, rules=spec.rules)
     params = storable(lm.params, mesh)
-    lowering = Lowering(lm.cfg, params, spec.batch, spec.max_len, mesh, spec.rules)
-    was, here = manifest["environment"], executable.environment(devices)
+    lowering = _lowering(spec, lm.cfg, params, devices)
+    was, here = manifest["environment"], _environment(lowering, devices)
     if differ := [key for key in {**was, **here} if was.get(key) != here.get(key)]:
         told = (", ".join(f"{key} {side.get(key)}" for key in differ) for side in (was, here))
         _log.info("%s was compiled for %s; this is %s: compiling for it", path.name, *told)

@@ -22,6 +22,7 @@ from jaxllm.cli import common
 from jaxllm.compile import parse
 from jaxllm.config import ModelConfig
 from jaxllm.examine import Examined, examine
+from jaxllm.generate import choose_max_len
 from jaxllm.lm import LM
 from jaxllm.params import flatten
 from jaxllm.transforms.layerwise import check as check_steps
@@ -72,6 +73,7 @@ def compile_for(args: argparse.Namespace) -> dict[str, Any]:
     check_steps(given, steps)
     if args.quantize and any(isinstance(leaf, QArray) for leaf in flatten(given.params).values()):
         raise ValueError(f"{args.model} is quantised already; leave --quantize out.")
+    choose_max_len(given.cfg, args.context)
     spec = _spec(args, given.cfg, target)
     made: dict[str, Any] = {}
     report: list[Examined] = []
