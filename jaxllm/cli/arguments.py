@@ -220,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--kv", choices=("int8",), help="keys and values of the cache")
     sub.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the rest (default: the checkpoint's)")
     sub.add_argument("--batch", type=int, default=8, help="sequences that run together (default %(default)s)")
-    sub.add_argument("--context", type=int, default=2048, help="tokens of prompt and answer (default %(default)s)")
+    sub.add_argument("--context", type=int, help="tokens of prompt and answer (default: at most 2048)")
     sub.add_argument("--check", action="store_true", help="fail where a program does not fit or breaks its contract")
 
     sub = command("info", "what is in a checkpoint: shape, precision, ledger")

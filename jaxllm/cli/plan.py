@@ -73,7 +73,6 @@ def compile_for(args: argparse.Namespace) -> dict[str, Any]:
     check_steps(given, steps)
     if args.quantize and any(isinstance(leaf, QArray) for leaf in flatten(given.params).values()):
         raise ValueError(f"{args.model} is quantised already; leave --quantize out.")
-    choose_max_len(given.cfg, args.context)
     spec = _spec(args, given.cfg, target)
     made: dict[str, Any] = {}
     report: list[Examined] = []
@@ -133,7 +132,8 @@ def _spec(args: argparse.Namespace, cfg: ModelConfig, target: targets.Target | N
         if sizes is None:
             raise ValueError(f"No mesh of {target} divides the model and a batch of {args.batch}; try fewer chips.")
         mesh = {"data": sizes[0], "model": sizes[1], "share": sizes[2]}
-    return bundle.Spec(str(target or args.target), mesh, shard.RULES, args.batch, args.context)
+    max_len = choose_max_len(cfg, args.context)
+    return bundle.Spec(str(target or args.target), mesh, shard.RULES, args.batch, max_len)
 
 
 def show(found: Sequence[Examined], spec: bundle.Spec, check: bool, must_fit: bool) -> None:
