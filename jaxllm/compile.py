@@ -39,8 +39,23 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """What the programs of a run of layers do beside them; all of it unless the model is split in stages.
+
+    embeds: take token ids, and not the residual stream after the layers before. predicts: draw the next tokens, and do
+    not give the residual stream to others.
+    """
+
+    embeds: bool = True
+    predicts: bool = True
+
+
+WHOLE = Part()
+
+
+@dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled programs of one model, batch, length and mesh.
+    """The compiled programs of one model, batch, length and mesh. With stages, State is one that `stages` knows.
 
     start() -> State
     prefill[C](params, state, tokens_BC, start, lengths_B, row_B, sampling) -> (State, token_B)
@@ -52,9 +67,9 @@ class Programs:
 
     batch: int
     slots: int
-    start: Callable[[], State]
-    prefill: Mapping[int, Callable[..., tuple[State, jax.Array]]]
-    decode: Callable[..., tuple[State, jax.Array]]
+    start: Callable[[], Any]
+    prefill: Mapping[int, Callable[..., tuple[Any, jax.Array]]]
+    decode: Callable[..., tuple[Any, jax.Array]]
 
 
 def use_compilation_cache() -> None:
@@ -97,6 +112,10 @@ class Lowering:
 
     Arguments and errors as of `compile_programs`. The mesh's devices need not be at hand. params and state: shapes and
     shardings of the first two arguments of all programs but `start`.
+
+    part: of a model split in stages, of which cfg and params are then one. A program that does not predict is
+    (params, cache, x, position_B) -> (cache, residual stream [B, T, D]), its state a KVCache: x are tokens or the
+    residual stream, and row b stands at position_B[b]. One that does not embed takes the residual stream last.
     """
 
     def __init__(
@@ -107,6 +126,7 @@ class Lowering:
         max_len: int,
         mesh: Mesh | None,
         rules: shard.Rules = shard.RULES,
+        part: Part = WHOLE,
     ):
         for name, value in {"batch": batch, "max_len": max_len}.items():
             if not isinstance(value, int) or value < 1:
@@ -115,9 +135,11 @@ class Lowering:
         self.slots = -(-max_len // self.chunks[-1]) * self.chunks[-1]
         if mesh is not None:
             shard.check_mesh(cfg, mesh, batch, rules, self.slots)
-        self._batch, self._sharded = batch, (sharded := _Shardings(cfg, mesh, rules))
+        self._cfg, self._batch, self._part = cfg, batch, part
+        self._sharded = sharded = _Shardings(cfg, mesh, rules, part)
         self._decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
-        self._make_state = functools.partial(_start, cfg, batch, self.slots, sharded.on_cpu)
+        start = _start if part.predicts else init_cache
+        self._make_state = functools.partial(start, cfg, batch, self.slots, sharded.on_cpu)
         self.state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state())
         self.params = sharded.abstract(params, sharded.params(params))
         self._how = jax.eval_shape(lambda: as_arrays(Sampling(), frozenset()))
@@ -127,25 +149,43 @@ class Lowering:
         return jax.jit(self._make_state, out_shardings=self._sharded.state()).lower()
 
     def prefill(self, chunk: int) -> Any:
-        tokens, lengths = (
-            self._sharded.abstract(jax.ShapeDtypeStruct(shape, jnp.int32), self._sharded.batch(len(shape)))
-            for shape in ((self._batch, chunk), (self._batch,))
-        )
-        prefill = self._jit(functools.partial(_prefill, self._decoder), rank=1)
-        return prefill.lower(self.params, self.state, tokens, self._number, lengths, lengths, self._how)
+        if not self._part.predicts:
+            return self._run(self._stream(chunk) or (self._rows(chunk),))
+        tokens, lengths = self._rows(chunk), self._rows()
+        prefill = self._jit(functools.partial(_prefill, self._decoder), self._sharded.batch(1))
+        inputs = tokens, self._number, lengths, lengths, self._how
+        return prefill.lower(self.params, self.state, *inputs, *self._stream(chunk))
 
     def decode(self, steps: int) -> Any:
-        decode = self._jit(functools.partial(_decode, self._decoder, steps), rank=2)
+        decode = self._jit(functools.partial(_decode, self._decoder, steps), self._sharded.batch(2))
         return decode.lower(self.params, self.state, self._number, self._how)
 
     def step(self) -> Any:
         """One decode step without the loop around it: what `decode` does over and over."""
-        step = self._jit(functools.partial(_step, self._decoder), rank=1)
-        return step.lower(self.params, self.state, self._how)
+        if not self._part.predicts:
+            return self._run(self._stream(1) or (self._rows(),))
+        step = self._jit(functools.partial(_step, self._decoder), self._sharded.batch(1))
+        return step.lower(self.params, self.state, self._how, *self._stream(1))
 
-    def _jit(self, program: Callable[..., Any], rank: int) -> Any:
-        """rank: of the tokens that it gives, beside the state."""
-        return jax.jit(program, donate_argnums=1, out_shardings=(self._sharded.state(), self._sharded.batch(rank)))
+    def _run(self, x: tuple[Any, ...]) -> Any:
+        run = self._jit(functools.partial(_run, self._decoder), self._sharded.stream())
+        return run.lower(self.params, self.state, *x, self._rows())
+
+    def _rows(self, *lengths: int) -> Any:
+        """Integers for each row."""
+        rows = jax.ShapeDtypeStruct((self._batch, *lengths), jnp.int32)
+        return self._sharded.abstract(rows, self._sharded.batch(len(rows.shape)))
+
+    def _stream(self, length: int) -> tuple[Any, ...]:
+        """What layers before these give; nothing where there are none."""
+        if self._part.embeds:
+            return ()
+        stream = jax.ShapeDtypeStruct((self._batch, length, self._cfg.embed_dim), self._cfg.dtype)
+        return (self._sharded.abstract(stream, self._sharded.stream()),)
+
+    def _jit(self, program: Callable[..., Any], out: Any) -> Any:
+        """out: shardings of what it gives beside the state."""
+        return jax.jit(program, donate_argnums=1, out_shardings=(self._sharded.state(), out))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +195,7 @@ class _Shardings:
     cfg: ModelConfig
     mesh: Mesh | None
     rules: shard.Rules = dataclasses.field(hash=False)
+    part: Part
 
     @property
     def on_cpu(self) -> bool:
@@ -172,7 +213,10 @@ class _Shardings:
             return None
         row = self.batch(1)
         cache = shard.cache_shardings(self.cfg, self.mesh, self.on_cpu, self.rules)
-        return State(cache, row, row, row, row, self.batch(2))
+        return State(cache, row, row, row, row, self.batch(2)) if self.part.predicts else cache
+
+    def stream(self) -> Any:
+        return None if self.mesh is None else shard.sharding(self.mesh, self.rules, "batch", None, "residual")
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Pins an array with these logical axes; left free, propagation may split it and pay with collectives."""
@@ -207,11 +251,13 @@ def _prefill(
     lengths_B: jax.Array,
     row_B: jax.Array,
     how: SamplingArrays,
+    x_BCD: jax.Array | None = None,
 ) -> tuple[State, jax.Array]:
     batch, chunk = tokens_BC.shape
     positions_BC = jnp.broadcast_to(start + jnp.arange(chunk), (batch, chunk))
     last_B = lengths_B - 1 - start
-    logits_B1V, cache = _apply(decoder, params, tokens_BC, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1))
+    x = tokens_BC if x_BCD is None else x_BCD
+    logits_B1V, cache = _apply(decoder, params, x, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1))
     rows_B = jnp.arange(batch)
     seen_BV = state.seen_BV.at[rows_B[:, None], tokens_BC].max(positions_BC < lengths_B[:, None])
     ends_here_B = (last_B >= 0) & (last_B < chunk)
@@ -245,10 +291,13 @@ def _decode(
     return state, out_BN
 
 
-def _step(decoder: Decoder, params: Params, state: State, how: SamplingArrays) -> tuple[State, jax.Array]:
+def _step(
+    decoder: Decoder, params: Params, state: State, how: SamplingArrays, x_B1D: jax.Array | None = None
+) -> tuple[State, jax.Array]:
     """The next token of each row; -1 where the row has ended."""
     rows_B = jnp.arange(state.token_B.shape[0])
-    logits_B1V, cache = _apply(decoder, params, state.token_B[:, None], state.position_B[:, None], state.cache)
+    x = state.token_B[:, None] if x_B1D is None else x_B1D
+    logits_B1V, cache = _apply(decoder, params, x, state.position_B[:, None], state.cache)
     token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how)
     # A row that has ended stands still: it writes the same slot again, and nothing reads it.
     token_B = jnp.where(state.done_B, state.token_B, token_B)
@@ -261,3 +310,13 @@ def _step(decoder: Decoder, params: Params, state: State, how: SamplingArrays) -
         seen_BV=state.seen_BV.at[rows_B, token_B].set(True),
     )
     return after, jnp.where(state.done_B, -1, token_B)
+
+
+def _run(
+    decoder: Decoder, params: Params, cache: KVCache, x: jax.Array, position_B: jax.Array
+) -> tuple[KVCache, jax.Array]:
+    """Layers whose result others go on with. x: tokens, [B] or [B, T], or the residual stream [B, T, D]."""
+    x = x[:, None] if x.ndim == 1 else x
+    positions_BT = position_B[:, None] + jnp.arange(x.shape[1])[None]
+    x_BTD, cache = decoder.apply({"params": params}, x, positions_BT, cache, method="run")  # pyright: ignore
+    return cache, x_BTD
