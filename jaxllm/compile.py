@@ -17,7 +17,7 @@ from jaxllm import shard
 from jaxllm.cache import KVCache, init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.hub import cache_dir
-from jaxllm.models.decoder import Decoder
+from jaxllm.models.decoder import Decoder, residual_axes
 from jaxllm.params import Params
 from jaxllm.sample import Sampling, SamplingArrays, as_arrays, next_token
 
@@ -107,6 +107,16 @@ def compile_programs(
     return Programs(batch, lower.slots, compiled["start"], prefill, compiled["decode"])
 
 
+def prefill_chunks(max_len: int) -> list[int]:
+    return [size for size in CHUNKS if size < max_len] or [CHUNKS[0]]
+
+
+def cache_slots(max_len: int) -> int:
+    """max_len in whole chunks."""
+    largest = prefill_chunks(max_len)[-1]
+    return -(-max_len // largest) * largest
+
+
 class Lowering:
     """A model's programs, traced for a batch, length and mesh: each method returns one, to be compiled.
 
@@ -131,10 +141,10 @@ class Lowering:
         for name, value in {"batch": batch, "max_len": max_len}.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a positive integer.")
-        self.chunks = [size for size in CHUNKS if size < max_len] or [CHUNKS[0]]
-        self.slots = -(-max_len // self.chunks[-1]) * self.chunks[-1]
+        self.chunks, self.slots = prefill_chunks(max_len), cache_slots(max_len)
         if mesh is not None:
             shard.check_mesh(cfg, mesh, batch, rules, self.slots)
+        self.layers = cfg.num_layers
         self._cfg, self._batch, self._part = cfg, batch, part
         self._sharded = sharded = _Shardings(cfg, mesh, rules, part)
         self._decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
@@ -150,11 +160,11 @@ class Lowering:
 
     def prefill(self, chunk: int) -> Any:
         if not self._part.predicts:
-            return self._run(self._stream(chunk) or (self._rows(chunk),))
+            return self._run(chunk, self._before(chunk) or (self._rows(chunk),))
         tokens, lengths = self._rows(chunk), self._rows()
         prefill = self._jit(functools.partial(_prefill, self._decoder), self._sharded.batch(1))
         inputs = tokens, self._number, lengths, lengths, self._how
-        return prefill.lower(self.params, self.state, *inputs, *self._stream(chunk))
+        return prefill.lower(self.params, self.state, *inputs, *self._before(chunk))
 
     def decode(self, steps: int) -> Any:
         decode = self._jit(functools.partial(_decode, self._decoder, steps), self._sharded.batch(2))
@@ -163,12 +173,12 @@ class Lowering:
     def step(self) -> Any:
         """One decode step without the loop around it: what `decode` does over and over."""
         if not self._part.predicts:
-            return self._run(self._stream(1) or (self._rows(),))
+            return self._run(1, self._before(1) or (self._rows(),))
         step = self._jit(functools.partial(_step, self._decoder), self._sharded.batch(1))
-        return step.lower(self.params, self.state, self._how, *self._stream(1))
+        return step.lower(self.params, self.state, self._how, *self._before(1))
 
-    def _run(self, x: tuple[Any, ...]) -> Any:
-        run = self._jit(functools.partial(_run, self._decoder), self._sharded.stream())
+    def _run(self, length: int, x: tuple[Any, ...]) -> Any:
+        run = self._jit(functools.partial(_run, self._decoder), self._sharded.stream(length))
         return run.lower(self.params, self.state, *x, self._rows())
 
     def _rows(self, *lengths: int) -> Any:
@@ -176,12 +186,14 @@ class Lowering:
         rows = jax.ShapeDtypeStruct((self._batch, *lengths), jnp.int32)
         return self._sharded.abstract(rows, self._sharded.batch(len(rows.shape)))
 
-    def _stream(self, length: int) -> tuple[Any, ...]:
+    def stream(self, length: int) -> Any:
+        """The residual stream, as stages give it to each other."""
+        shape = jax.ShapeDtypeStruct((self._batch, length, self._cfg.embed_dim), self._cfg.dtype)
+        return self._sharded.abstract(shape, self._sharded.stream(length))
+
+    def _before(self, length: int) -> tuple[Any, ...]:
         """What layers before these give; nothing where there are none."""
-        if self._part.embeds:
-            return ()
-        stream = jax.ShapeDtypeStruct((self._batch, length, self._cfg.embed_dim), self._cfg.dtype)
-        return (self._sharded.abstract(stream, self._sharded.stream()),)
+        return () if self._part.embeds else (self.stream(length),)
 
     def _jit(self, program: Callable[..., Any], out: Any) -> Any:
         """out: shardings of what it gives beside the state."""
@@ -215,8 +227,9 @@ class _Shardings:
         cache = shard.cache_shardings(self.cfg, self.mesh, self.on_cpu, self.rules)
         return State(cache, row, row, row, row, self.batch(2)) if self.part.predicts else cache
 
-    def stream(self) -> Any:
-        return None if self.mesh is None else shard.sharding(self.mesh, self.rules, "batch", None, "residual")
+    def stream(self, length: int) -> Any:
+        axes = residual_axes(length)
+        return None if self.mesh is None else shard.sharding(self.mesh, self.rules, *axes)
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Pins an array with these logical axes; left free, propagation may split it and pay with collectives."""

@@ -25,7 +25,7 @@ class Contract:
     """
 
     temp_share: float = 0.02
-    collectives: int = 2
+    collectives: float = 2
 
 
 @dataclasses.dataclass(frozen=True)

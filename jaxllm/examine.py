@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,14 +12,17 @@ from typing import Any
 
 import jax
 
-from jaxllm import contracts, hlo, hlo_cost, plan, shard, targets
-from jaxllm.compile import STEPS, Lowering
+from jaxllm import contracts, hlo, hlo_cost, prediction, targets
+from jaxllm.compile import STEPS
 from jaxllm.config import ModelConfig
+from jaxllm.stages import split
 
 _log = logging.getLogger(__name__)
 
 DECODE = contracts.Contract()
 PREFILL = contracts.Contract(temp_share=0.5)  # activations of a whole chunk
+# For each layer, in a step and in a chunk of prefill; weights that are split over the batch are gathered one by one.
+COLLECTIVES = {"tensor": (2, 2), "scatter": (2, 6), "sequence": (7, 10), "fully": (math.inf, math.inf)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Examined:
-    """One program, on each device. Bytes as of `plan.Program`; reason: why it does not fit, "" where it does.
+    """One program, on each device. Bytes as of `prediction.Program`; reason: why it does not fit, "" where it does.
 
     ms_low, ms_high: of a run; a decode call of `compile.STEPS` steps counts as one step. bottleneck: as of a Candidate.
     buffers: the largest, largest first. breaches: of its contract.
@@ -52,19 +56,23 @@ class Examined:
     breaches: tuple[contracts.Breach, ...] = ()
 
 
-def examine(cfg: ModelConfig, case: plan.Case) -> list[Examined]:
-    """Compiles decode and prefill of every chunk length, from shapes alone.
+def examine(cfg: ModelConfig, case: prediction.Case) -> list[Examined]:
+    """Compiles decode and prefill of every chunk length, from shapes alone; with stages, a step of each for decode.
 
     Raises ValueError when the mesh does not divide the model, or the format not its weights.
     """
     cfg = dataclasses.replace(cfg, kv_dtype=case.kv_dtype or cfg.kv_dtype)
-    mesh = shard.make_mesh(case.data, case.model, case.share, devices=case.target.devices())
-    lower = Lowering(cfg, plan.abstract_params(cfg, case.format), case.batch, case.context, mesh)
-    lowered = {"decode": (lower.decode(STEPS), DECODE)}
-    lowered |= {f"prefill {chunk}": (lower.prefill(chunk), PREFILL) for chunk in lower.chunks}
+    one, lowered = case.of_stage, {}
+    in_step, in_chunk = COLLECTIVES[case.rules]
+    for number, stage in enumerate(split(cfg, case.stages), 1):
+        lower, where = one.lowering(stage), f"stage {number} " if case.stages > 1 else ""
+        decode = lower.step() if case.stages > 1 else lower.decode(STEPS)
+        lowered[f"{where}decode"] = lower, decode, dataclasses.replace(DECODE, collectives=in_step)
+        contract = dataclasses.replace(PREFILL, collectives=in_chunk)
+        lowered |= {f"{where}prefill {n}": (lower, lower.prefill(n), contract) for n in lower.chunks}
 
-    def one(name: str) -> Examined:
-        program, contract = lowered[name]
+    def one_program(name: str) -> Examined:
+        lower, program, contract = lowered[name]
         _log.info("compiling %s for %s", name, case.target)
         began = time.perf_counter()
         try:
@@ -72,10 +80,10 @@ def examine(cfg: ModelConfig, case: plan.Case) -> list[Examined]:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return Examined(name, plan.too_large(str(error)))
+            return Examined(name, prediction.too_large(str(error)))
         seconds = time.perf_counter() - began
-        found = plan.Program.of(compiled, seconds)
-        low, high, bottleneck = plan.interval(found, case.target)
+        found = prediction.Program.of(compiled, seconds)
+        low, high, bottleneck = prediction.interval(found, one.target)
         need = found.argument_bytes + found.temp_bytes + found.program_bytes
         return Examined(
             name,
@@ -89,11 +97,11 @@ def examine(cfg: ModelConfig, case: plan.Case) -> list[Examined]:
             dict(found.low.collectives),
             seconds,
             tuple(sorted(_buffers(compiled), key=lambda b: -b.nbytes)[:5]),
-            tuple(contracts.check(compiled, lower.params, lower.state, cfg.num_layers, contract)),
+            tuple(contracts.check(compiled, lower.params, lower.state, lower.layers, contract)),
         )
 
     with targets.uncached(), ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
-        return list(pool.map(one, lowered))
+        return list(pool.map(one_program, lowered))
 
 
 def _buffers(compiled: Any) -> Iterator[Buffer]:

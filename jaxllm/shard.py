@@ -33,12 +33,18 @@ RULES: Rules = {
     "embed": None,
     "slots": None,
     "residual": None,
+    "residual_step": None,
 }
+# In a chunk of prefill the residual stream is split between the parts of a block: what they add to it is scattered, and
+# gathered where it is read (Korthikanti et al. 2022, but by its width instead of by tokens). As many bytes as the sums,
+# and the norms' work is divided. In a decode step ("residual_step") more collectives would only wait longer.
+SCATTER: Rules = {**RULES, "residual": ("model", "share")}
 
 # The cache of chips that share KV heads is split by its slots, instead of each holding all of it.
 SEQUENCE_PARALLEL: Rules = {**RULES, "slots": "share"}
 # Weights are split over the batch's chips as well (Rajbhandari et al. 2020), and gathered where they are used.
 FULLY_SHARDED: Rules = {**RULES, "embed": "data"}
+TABLES = {"tensor": RULES, "scatter": SCATTER, "sequence": SEQUENCE_PARALLEL, "fully": FULLY_SHARDED}
 
 
 def make_mesh(
@@ -85,6 +91,7 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh, batch: int, rules: Rules = RULES, s
         ("vocab_size", "vocab"): cfg.vocab_size,
         ("embed_dim", "embed"): cfg.embed_dim,
         ("embed_dim", "residual"): cfg.embed_dim,
+        ("embed_dim", "residual_step"): cfg.embed_dim,
         ("num_kv_heads", "kv_heads"): math.gcd(*cfg.widths("num_kv_heads")),
         ("num_heads", "heads"): math.gcd(*cfg.widths("num_heads")),
         ("ffw_dim", "ffw"): math.gcd(*cfg.widths("ffw_dim")),
@@ -108,7 +115,7 @@ def _check_rules(cfg: ModelConfig, rules: Rules) -> None:
         raise ValueError(f"The rules are for {sorted(rules)}; expected one for each of {sorted(RULES)}.")
     if unknown := {axis for rule in rules.values() for axis in _axes(rule)} - set(AXES[1:]):
         raise ValueError(f"The rules split over {sorted(unknown)}; expected axes of {AXES[1:]}.")
-    activations = [("batch", "residual"), ("batch", "kv_heads", "slots")]
+    activations = [("batch", "residual"), ("batch", "residual_step"), ("batch", "kv_heads", "slots")]
     for logical in dict.fromkeys([*activations, *(info.axes for info in param_info(cfg).values())]):
         axes = [axis for name in logical for axis in _axes(rules[name])]
         if twice := {axis for axis in axes if axes.count(axis) > 1}:

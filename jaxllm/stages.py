@@ -130,12 +130,13 @@ def compile_stages(
         lowered |= {(i, chunk): lower.prefill(chunk) for chunk in chunks}
     with ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
         compiled = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values()), strict=True))
+    lengths: dict[Any, int] = {"step": 1, **{chunk: chunk for chunk in chunks}}
     pipeline = _Pipeline(
         groups,
         steps,
-        [{kind: compiled[i, kind] for kind in ("start", "step", *chunks)} for i in range(len(meshes))],
+        [{kind: compiled[i, kind] for kind in ("start", *lengths)} for i in range(len(meshes))],
         [shard.sharding(on, rules, "batch") for on in meshes],
-        [shard.sharding(on, rules, "batch", None, "residual") for on in meshes],
+        [{kind: lower.stream(length).sharding for kind, length in lengths.items()} for lower in lowerings],
     )
     prefill = {chunk: functools.partial(pipeline.prefill, chunk) for chunk in chunks}
     return Programs(batch, lowerings[0].slots, pipeline.start, prefill, pipeline.decode)
@@ -157,7 +158,7 @@ class _Pipeline:
     steps: int
     stages: Sequence[Mapping[Any, Any]]
     rows: Sequence[Any]
-    streams: Sequence[Any]
+    streams: Sequence[Mapping[Any, Any]]
 
     def start(self) -> tuple[Group, ...]:
         made = ([stage["start"]() for stage in self.stages] for _ in range(self.groups))
@@ -208,7 +209,7 @@ class _Pipeline:
         after = []
         for i, (cache, position) in enumerate(zip(caches, position_B, strict=True)):
             cache, x = self.stages[i][kind](params[i], cache, x, position)
-            x = jax.device_put(x, self.streams[i + 1])
+            x = jax.device_put(x, self.streams[i + 1][kind])
             after.append(cache)
         return tuple(after), x
 

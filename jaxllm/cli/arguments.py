@@ -63,7 +63,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=int, default=0, help="default %(default)s")
         sub.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; repeatable")
         sub.add_argument("--system", help="system message, for a chat model")
-        sub.add_argument("--mesh", metavar="data=1,model=4,share=1", help="devices to shard over (default: one)")
+        sub.add_argument(
+            "--mesh", metavar="data=1,model=4,share=1,stages=1", help="devices to shard over (default: one)"
+        )
 
     sub = command("quickstart", "compact, quantise, compile and compare a small model, and ask it something")
     sub.add_argument("--model", default="smollm2-135m", metavar="MODEL", help="default %(default)s")
@@ -172,12 +174,12 @@ def parser() -> argparse.ArgumentParser:
     model(sub, nargs="+")
     sub.add_argument("--prompt-tokens", type=int, default=64, help="default %(default)s")
     sub.add_argument("--new-tokens", type=int, default=64, help="default %(default)s")
-    sub.add_argument("--mesh", metavar="data=1,model=4,share=1", help="devices to shard over (default: one)")
+    sub.add_argument("--mesh", metavar="data=1,model=4,share=1,stages=1", help="devices to shard over (default: one)")
     timing(sub)
 
     sub = command("plan", "predict a model on TPU slices, by compiling it for them: no TPU is needed")
     sub.add_argument("model", metavar="MODEL", help="a config.json, or name, directory, .gguf file, Hugging Face id")
-    sub.add_argument("--target", required=True, help="slices, or chips for all of their slices: v5e, v6e:2x4")
+    sub.add_argument("--target", required=True, help="slices, or chips for all of theirs: v5e,v6e:2x4,2xv5e:4x4")
     sub.add_argument("--max-chips", type=int, default=16, help="of a chip's slices (default %(default)s)")
     sub.add_argument(
         "--quantize", default="int8", metavar="FORMATS", help="of weights: int8,int4-g32,float (default int8)"
@@ -190,6 +192,18 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--context", default="2048", help="tokens of prompt and answer (default %(default)s)")
     sub.add_argument("--prompt-tokens", type=int, default=512, help="for the time to first token (default %(default)s)")
     sub.add_argument("--price", type=float, help="dollars for a chip and hour, for the cost of a million tokens")
+    sub.add_argument(
+        "--rules",
+        default="tensor",
+        metavar="TABLES",
+        help="how layers are split: tensor (sums over chips), scatter (prefill's are scattered and gathered), sequence "
+        "(caches of chips that share KV heads, by slots), fully (weights over the batch's chips) (default %(default)s)",
+    )
+    sub.add_argument(
+        "--stages",
+        metavar="COUNTS",
+        help="runs that the layers are split in, each on its part of the target: 1,2 (default: one for each slice)",
+    )
     sub.add_argument("--all-meshes", action="store_true", help="not only the one that splits a copy of the model most")
     sub.add_argument("--exact", action="store_true", help="compile every layer, not a few from which the rest follows")
     sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed against latency")
@@ -198,6 +212,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", metavar="MODEL", help="a config.json, or name, directory, .gguf file, Hugging Face id")
     sub.add_argument("--target", required=True, help="a slice: v5e:2x4")
     sub.add_argument("--mesh", metavar="data=1,model=4,share=1", help="default: the one that splits a copy most")
+    sub.add_argument("--rules", default="tensor", metavar="TABLE", help="as for plan (default %(default)s)")
+    sub.add_argument("--stages", type=int, help="as for plan; the mesh is then of each (default: one for each slice)")
     sub.add_argument("--quantize", default="int8", metavar="FORMAT", help="of weights, or float (default %(default)s)")
     sub.add_argument("--kv", choices=("int8",), help="keys and values of the cache")
     sub.add_argument(

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxllm import plan as planning
-from jaxllm import targets
+from jaxllm import prediction, shard, targets
 from jaxllm.checkpoint import load_header
 from jaxllm.checkpoint.hf import read_config
 from jaxllm.cli import common
 from jaxllm.config import ModelConfig
 from jaxllm.examine import Examined, examine
+from jaxllm.stages import split
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -27,24 +28,45 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     slices = []
     for name in args.target.split(","):
         one = targets.parse(name)
-        slices += [one] if ":" in name else targets.slices(one.kind, args.max_chips)
+        slices += [one] if ":" in name or one.count > 1 else targets.slices(one.kind, args.max_chips)
     batches, contexts = common.numbers("--batch", args.batch), common.numbers("--context", args.context)
     formats = [None if name == "float" else name for name in args.quantize.split(",")]
     if args.prompt_tokens > min(contexts):
         raise ValueError(f"--prompt-tokens {args.prompt_tokens} do not fit a context of {min(contexts)}.")
+    rules = common.one_of("--rules", args.rules, shard.TABLES)
+    stages = None if args.stages is None else common.numbers("--stages", args.stages)
     cfg = config(args.model, args.dtype)
     for format in formats:
-        planning.abstract_params(cfg, format)  # a wrong one is told first
+        prediction.abstract_params(cfg, format)  # what is wrong is told first
+    for count in stages or [target.count for target in slices]:
+        split(cfg, count)
+    for target in slices:
+        for count in stages or [target.count]:
+            target.part(count)
     found = []
     for candidate in planning.sweep(
-        cfg, slices, formats, batches, contexts, args.kv, args.prompt_tokens, args.price, args.exact, args.all_meshes
+        cfg,
+        slices,
+        formats,
+        batches,
+        contexts,
+        args.kv,
+        args.prompt_tokens,
+        args.price,
+        args.exact,
+        args.all_meshes,
+        rules,
+        stages,
     ):
         common.log(line(candidate))
         found.append(candidate)
     if not found:
         raise ValueError("No mesh of these slices divides the model; a slice of fewer chips may.")
     best = planning.best(found)
-    Console(width=None if sys.stdout.isatty() else 150).print(table(found, best))
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(table(found, best))
+    if any(len(candidate.stages) > 1 for candidate in found):
+        console.print(stage_table(found))
     if args.plot:
         plot(found, best, args.plot)
         common.log(f"wrote {args.plot}")
@@ -54,16 +76,19 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def compile_for(args: argparse.Namespace) -> dict[str, Any]:
     jax.config.update("jax_platforms", "cpu")
+    (rules,) = common.one_of("--rules", args.rules, shard.TABLES)[:1]
     target, cfg = targets.parse(args.target), config(args.model, args.dtype)
+    stages = target.count if args.stages is None else args.stages
+    split(cfg, stages)
     if args.mesh is None:
-        sizes = next(planning.meshes(cfg, target, args.batch), None)
+        sizes = next(planning.meshes(cfg, target, args.batch, stages, rules, args.context), None)
         if sizes is None:
             raise ValueError(f"No mesh of {target} divides the model and a batch of {args.batch}; try fewer chips.")
     else:
         given = common.counts("--mesh", args.mesh, ("data", "model", "share"), int)
         sizes = given.get("data", 1), given.get("model", 1), given.get("share", 1)
     format = None if args.quantize == "float" else args.quantize
-    case = planning.Case(target, *sizes, format, args.kv, args.batch, args.context)
+    case = prediction.Case(target, *sizes, format, args.kv, args.batch, args.context, rules, stages)
     found = examine(cfg, case)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(examined_table(found, case))
@@ -75,12 +100,16 @@ def compile_for(args: argparse.Namespace) -> dict[str, Any]:
         console.print(breach, markup=False)
     if args.check and (breaches or any(program.reason for program in found)):
         raise ValueError(f"{len(breaches)} breaches of the contract; {sum(bool(p.reason) for p in found)} do not fit.")
-    return {"target": str(target), "mesh": sizes, "programs": [dataclasses.asdict(program) for program in found]}
+    kinds = {"target": str(target), "mesh": sizes, "rules": rules, "stages": stages}
+    return kinds | {"programs": [dataclasses.asdict(program) for program in found]}
 
 
-def examined_table(found: Sequence[Examined], case: planning.Case) -> Table:
+def examined_table(found: Sequence[Examined], case: prediction.Case) -> Table:
     sizes = " x ".join(map(str, (case.data, case.model, case.share)))
-    out = Table(caption=f"{case.target}, mesh {sizes}; bytes are of one device; predictions, nothing was run.")
+    split_by = f"{case.rules}, {case.stages} stages" if case.stages > 1 else case.rules
+    out = Table(
+        caption=f"{case.target}, mesh {sizes}, {split_by}; bytes are of one device; predictions, nothing was run."
+    )
     for name in (
         "program",
         "arguments",
@@ -121,7 +150,9 @@ def line(c: planning.Candidate) -> str:
 
 
 def _mesh(c: planning.Candidate) -> str:
-    return " x ".join(str(size) for size in c.mesh.values())
+    sizes = " x ".join(str(size) for size in c.mesh.values())
+    count = f"{len(c.stages)} stages of " if len(c.stages) > 1 else ""
+    return f"{count}{sizes}{'' if c.rules == 'tensor' else f' {c.rules}'}"
 
 
 def table(candidates: Sequence[planning.Candidate], best: planning.Candidate | None) -> Table:
@@ -145,6 +176,31 @@ def table(candidates: Sequence[planning.Candidate], best: planning.Candidate | N
         steps = f"{c.step_ms_low:.2f}-{c.step_ms_high:.2f}"
         first = f"{c.ttft_ms_low:.0f}-{c.ttft_ms_high:.0f}"
         out.add_row(*start, size, steps, c.bottleneck, first, rates, each, cost, str(c.largest_batch))
+    return out
+
+
+def stage_table(candidates: Sequence[planning.Candidate]) -> Table:
+    out = Table(
+        caption="Each stage, for one group of the batch. bubble: of its time a stage waits while all groups go through "
+        "once; a decode loop goes on with the next token instead."
+    )
+    for name in ("target", "mesh", "batch", "stage", "layers", "GB", "ms a step", "ms to the next", "limit", "bubble"):
+        out.add_column(name, justify="left" if name in ("target", "mesh", "limit") else "right")
+    for c in (c for c in candidates if len(c.stages) > 1):
+        for number, stage in enumerate(c.stages, 1):
+            each = f"{c.batch // c.groups} x {c.groups}"
+            start = [c.target, _mesh(c), each] if number == 1 else [""] * 3
+            size = (stage.argument_bytes + stage.temp_bytes + stage.program_bytes) / 1e9
+            out.add_row(
+                *start,
+                str(number),
+                str(stage.layers),
+                f"{size:.1f}",
+                f"{stage.step_ms_low:.2f}-{stage.step_ms_high:.2f}",
+                f"{stage.transfer_ms_low:.3f}-{stage.transfer_ms_high:.3f}",
+                stage.reason or stage.bottleneck,
+                f"{c.bubble:.0%}" if number == 1 else "",
+            )
     return out
 
 

@@ -20,6 +20,11 @@ def _anywhere(x: jax.Array, *axes: str | None) -> jax.Array:
     return x
 
 
+def residual_axes(length: int) -> tuple[str | None, ...]:
+    """Logical axes of the residual stream [B, T, D] between the parts of a block."""
+    return "batch", None, "residual" if length > 1 else "residual_step"
+
+
 class Attention(nn.Module):
     cfg: ModelConfig
     constrain: Constrain = _anywhere
@@ -83,13 +88,15 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        c = self.cfg
-        normed_BTD = self.constrain(RMSNorm("embed", c.norm_eps, c.dtype, name="attn_norm")(x_BTD), "batch", None, None)
-        y_BTD, cache = Attention(c, self.constrain, name="attn")(normed_BTD, positions_BT, cache)
-        x_BTD = self.constrain(x_BTD + y_BTD, "batch", None, "residual")
-        normed_BTD = self.constrain(RMSNorm("embed", c.norm_eps, c.dtype, name="mlp_norm")(x_BTD), "batch", None, None)
-        y_BTD = Mlp(c, name="mlp")(normed_BTD)
-        return self.constrain(x_BTD + y_BTD, "batch", None, "residual"), cache
+        c, axes = self.cfg, residual_axes(x_BTD.shape[1])
+        normed_BTD = RMSNorm("embed", c.norm_eps, c.dtype, name="attn_norm")(x_BTD)
+        y_BTD, cache = Attention(c, self.constrain, name="attn")(
+            self.constrain(normed_BTD, "batch", None, None), positions_BT, cache
+        )
+        x_BTD = self.constrain(x_BTD + y_BTD, *axes)
+        normed_BTD = RMSNorm("embed", c.norm_eps, c.dtype, name="mlp_norm")(x_BTD)
+        y_BTD = Mlp(c, name="mlp")(self.constrain(normed_BTD, "batch", None, None))
+        return self.constrain(x_BTD + y_BTD, *axes), cache
 
 
 class Decoder(nn.Module):
@@ -134,7 +141,7 @@ class Decoder(nn.Module):
 
         x: token ids [B, T], or the residual stream [B, T, D] after the layers before these, of another program.
         """
-        x_BTD = self.constrain(self.embed(x) if x.ndim == 2 else x, "batch", None, "residual")
+        x_BTD = self.constrain(self.embed(x) if x.ndim == 2 else x, *residual_axes(x.shape[1]))
         caches: list[LayerCache] = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
@@ -148,5 +155,5 @@ class Decoder(nn.Module):
 
     def predict(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] from what the last layer gave."""
-        x_BTD = self.final_norm(x_BTD)
+        x_BTD = self.constrain(self.final_norm(x_BTD), "batch", None, None)
         return self.embed.logits(x_BTD) if self.cfg.tie_embeddings else self.head(x_BTD)
