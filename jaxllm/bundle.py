@@ -145,7 +145,7 @@ def portable(reader: Reader, spec: Spec) -> dict[str, bytes]:
     def one(name: str) -> bytes:
         kind, size = parse(name)
         function = lowering.function(kind, size)
-        given = dict(zip(inspect.signature(function).parameters, lowering.signature(kind, size)[0], strict=True))
+        given = dict(zip(inspect.signature(function).parameters, lowering.signature(kind, size)[0], strict=False))
 
         def run(named: dict[str, jax.Array]) -> dict[str, jax.Array]:
             arguments = jax.tree.unflatten(jax.tree.structure(given), [named[name] for name in _by_name(given)])

@@ -18,7 +18,7 @@ from jaxllm import shard
 from jaxllm.cache import KVCache, init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.hub import cache_dir
-from jaxllm.models.decoder import Decoder
+from jaxllm.models.decoder import Decoder, residual_axes
 from jaxllm.params import Params
 from jaxllm.sample import Sampling, SamplingArrays, as_arrays, next_token
 
@@ -41,8 +41,23 @@ class State:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """What the programs of a run of layers do beside them; all of it unless the model is split in stages.
+
+    embeds: take token ids, and not the residual stream after the layers before. predicts: draw the next tokens, and do
+    not give the residual stream to others.
+    """
+
+    embeds: bool = True
+    predicts: bool = True
+
+
+WHOLE = Part()
+
+
+@dataclasses.dataclass(frozen=True)
 class Programs:
-    """The compiled programs of one model, batch, length and mesh.
+    """The compiled programs of one model, batch, length and mesh. With stages, State is one that `stages` knows.
 
     start() -> State
     prefill[C](params, state, tokens_BC, start, lengths_B, row_B, sampling) -> (State, token_B)
@@ -54,9 +69,9 @@ class Programs:
 
     batch: int
     slots: int
-    start: Callable[[], State]
-    prefill: Mapping[int, Callable[..., tuple[State, jax.Array]]]
-    decode: Callable[..., tuple[State, jax.Array]]
+    start: Callable[[], Any]
+    prefill: Mapping[int, Callable[..., tuple[Any, jax.Array]]]
+    decode: Callable[..., tuple[Any, jax.Array]]
 
     @classmethod
     def of(cls, compiled: Mapping[str, Any], batch: int, slots: int) -> Programs:
@@ -106,11 +121,25 @@ def compile_programs(
     return Programs.of(compiled, batch, lower.slots)
 
 
+def prefill_chunks(max_len: int) -> list[int]:
+    return [size for size in CHUNKS if size < max_len] or [CHUNKS[0]]
+
+
+def cache_slots(max_len: int) -> int:
+    """max_len in whole chunks."""
+    largest = prefill_chunks(max_len)[-1]
+    return -(-max_len // largest) * largest
+
+
 class Lowering:
     """A model's programs, traced for a batch, length and mesh: each method returns one, to be compiled.
 
     Arguments and errors as of `compile_programs`. The mesh's devices need not be at hand. platform: "cpu" or another,
     where no mesh tells. params and state: shapes and shardings of the first two arguments of most programs.
+
+    part: of a model split in stages, of which cfg and params are then one. A program that does not predict is
+    (params, cache, x, position_B) -> (cache, residual stream [B, T, D]), its state a KVCache: x are tokens or the
+    residual stream, and row b stands at position_B[b]. One that does not embed takes the residual stream last.
     """
 
     def __init__(
@@ -122,20 +151,22 @@ class Lowering:
         mesh: Mesh | None,
         rules: shard.Rules = shard.RULES,
         platform: str | None = None,
+        part: Part = WHOLE,
     ):
         for name, value in {"batch": batch, "max_len": max_len}.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a positive integer.")
-        self.chunks = [size for size in CHUNKS if size < max_len] or [CHUNKS[0]]
-        self.slots = -(-max_len // self.chunks[-1]) * self.chunks[-1]
+        self.chunks, self.slots = prefill_chunks(max_len), cache_slots(max_len)
         if mesh is not None:
             shard.check_mesh(cfg, mesh, batch, rules, self.slots)
             platform = mesh.devices.flat[0].platform
-        self._cfg, self._batch, self._sharded = cfg, batch, (sharded := _Shardings(cfg, mesh, rules))
+        self.layers = cfg.num_layers
+        self._cfg, self._batch, self._part = cfg, batch, part
+        self._sharded = sharded = _Shardings(cfg, mesh, rules)
         self._decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
         split = (platform or jax.default_backend()) == "cpu"
-        self._make_state = functools.partial(_start, cfg, batch, self.slots, split)
-        self.state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state(split))
+        self._make_state = functools.partial(_start if part.predicts else init_cache, cfg, batch, self.slots, split)
+        self.state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state(split, part))
         self.params = sharded.abstract(params, sharded.params(params))
         self._probes = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in shard.axes_of(rules["batch"]))
 
@@ -165,6 +196,8 @@ class Lowering:
 
     def function(self, kind: str, size: int = 0) -> Callable[..., Any]:
         """A program before it is traced. kind: a method's name; size: its argument."""
+        if not self._part.predicts and kind != "start":
+            return functools.partial(_run, self._decoder)
         return {
             "start": self._make_state,
             "prefill": functools.partial(_prefill, self._decoder),
@@ -176,22 +209,31 @@ class Lowering:
     def signature(self, kind: str, size: int = 0) -> tuple[tuple[Any, ...], Any]:
         """Shapes and shardings of what a program takes and gives. The state, where it is taken, is donated."""
         row, number = self._array("batch", shape=(self._batch,)), self._array()
+        tokens = self._array("batch", None, shape=(self._batch, size))
+        before = () if self._part.embeds else (self.stream(size or 1),)
+        if not self._part.predicts and kind != "start":
+            x = before or ((tokens if size else row),)
+            return (self.params, self.state, *x, row), (self.state, self.stream(size or 1))
         if kind == "probe":
-            tokens = self._array("batch", None, shape=(self._probes, size))
-            logits = (self._probes, size, self._cfg.vocab_size)
-            return (self.params, tokens), self._array(None, None, None, shape=logits, dtype="float32")
+            shape = (self._probes, size)
+            logits = self._array(None, None, None, shape=(*shape, self._cfg.vocab_size), dtype="float32")
+            return (self.params, self._array("batch", None, shape=shape)), logits
         how = jax.eval_shape(lambda: as_arrays(Sampling(), frozenset()))
         how = jax.tree.map(lambda x: self._array(*(None,) * x.ndim, shape=x.shape, dtype=x.dtype), how)
-        tokens = self._array("batch", None, shape=(self._batch, size))
         # What the host reads is on all devices, where some belong to other processes.
         read = None if shard.across_hosts(self._sharded.mesh) else "batch"
         new_B, new_BN = self._array(read, shape=(self._batch,)), self._array(read, None, shape=(self._batch, size))
         return {
             "start": ((), self.state),
-            "prefill": ((self.params, self.state, tokens, number, row, row, how), (self.state, new_B)),
+            "prefill": ((self.params, self.state, tokens, number, row, row, how, *before), (self.state, new_B)),
             "decode": ((self.params, self.state, number, how), (self.state, new_BN)),
-            "step": ((self.params, self.state, how), (self.state, new_B)),
+            "step": ((self.params, self.state, how, *before), (self.state, new_B)),
         }[kind]
+
+    def stream(self, length: int) -> jax.ShapeDtypeStruct:
+        """The residual stream, as stages give it to each other."""
+        shape = (self._batch, length, self._cfg.embed_dim)
+        return self._array(*residual_axes(length), shape=shape, dtype=self._cfg.dtype)
 
     def _array(self, *axes: str | None, shape: tuple[int, ...] = (), dtype: Any = "int32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._sharded.of(*axes))
@@ -219,12 +261,12 @@ class _Shardings:
     def params(self, params: Params) -> Any:
         return None if self.mesh is None else shard.param_shardings(self.cfg, params, self.mesh, self.rules)
 
-    def state(self, split: bool) -> Any:
+    def state(self, split: bool, part: Part) -> Any:
         if self.mesh is None:
             return None
         row = self.of("batch")
         cache = shard.cache_shardings(self.cfg, self.mesh, split, self.rules)
-        return State(cache, row, row, row, row, self.of("batch", None))
+        return State(cache, row, row, row, row, self.of("batch", None)) if part.predicts else cache
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Pins an array with these logical axes; left free, propagation may split it and pay with collectives."""
@@ -264,11 +306,13 @@ def _prefill(
     lengths_B: jax.Array,
     row_B: jax.Array,
     how: SamplingArrays,
+    x_BCD: jax.Array | None = None,
 ) -> tuple[State, jax.Array]:
     batch, chunk = tokens_BC.shape
     positions_BC = jnp.broadcast_to(start + jnp.arange(chunk), (batch, chunk))
     last_B = lengths_B - 1 - start
-    logits_B1V, cache = _apply(decoder, params, tokens_BC, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1))
+    x = tokens_BC if x_BCD is None else x_BCD
+    logits_B1V, cache = _apply(decoder, params, x, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1))
     rows_B = jnp.arange(batch)
     seen_BV = state.seen_BV.at[rows_B[:, None], tokens_BC].max(positions_BC < lengths_B[:, None])
     ends_here_B = (last_B >= 0) & (last_B < chunk)
@@ -302,10 +346,13 @@ def _decode(
     return state, out_BN
 
 
-def _step(decoder: Decoder, params: Params, state: State, how: SamplingArrays) -> tuple[State, jax.Array]:
+def _step(
+    decoder: Decoder, params: Params, state: State, how: SamplingArrays, x_B1D: jax.Array | None = None
+) -> tuple[State, jax.Array]:
     """The next token of each row; -1 where the row has ended."""
     rows_B = jnp.arange(state.token_B.shape[0])
-    logits_B1V, cache = _apply(decoder, params, state.token_B[:, None], state.position_B[:, None], state.cache)
+    x = state.token_B[:, None] if x_B1D is None else x_B1D
+    logits_B1V, cache = _apply(decoder, params, x, state.position_B[:, None], state.cache)
     token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how)
     # A row that has ended stands still: it writes the same slot again, and nothing reads it.
     token_B = jnp.where(state.done_B, state.token_B, token_B)
@@ -318,3 +365,13 @@ def _step(decoder: Decoder, params: Params, state: State, how: SamplingArrays) -
         seen_BV=state.seen_BV.at[rows_B, token_B].set(True),
     )
     return after, jnp.where(state.done_B, -1, token_B)
+
+
+def _run(
+    decoder: Decoder, params: Params, cache: KVCache, x: jax.Array, position_B: jax.Array
+) -> tuple[KVCache, jax.Array]:
+    """Layers whose result others go on with. x: tokens, [B] or [B, T], or the residual stream [B, T, D]."""
+    x = x[:, None] if x.ndim == 1 else x
+    positions_BT = position_B[:, None] + jnp.arange(x.shape[1])[None]
+    x_BTD, cache = decoder.apply({"params": params}, x, positions_BT, cache, method="run")  # pyright: ignore
+    return cache, x_BTD

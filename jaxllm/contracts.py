@@ -25,7 +25,7 @@ class Contract:
     """
 
     temp_share: float = 0.02
-    collectives: int = 2
+    collectives: float = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def check(compiled: Any, params: Params, state: Any, layers: int, contract: Cont
                 "Look for a copy of a weight or of the cache; of prefill, take smaller chunks.",
             )
         )
-    count = sum("layer_" in i.source and i.op.removesuffix("-start") in hlo.COLLECTIVES for _, i in module.executed())
+    count = sum("layer_" in i.source and bool(hlo_cost.collective(module, i)) for _, i in module.executed())
     if count > contract.collectives * layers:
         found.append(
             Breach(

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllm import hosts, shard
+from jaxllm import hosts, shard, stages
 from jaxllm.cache import init_cache
-from jaxllm.compile import Programs, compile_programs
+from jaxllm.compile import WHOLE, Part, Programs, compile_programs
 from jaxllm.config import ModelConfig
 from jaxllm.lm import LM, check_tokens
 from jaxllm.params import Params
@@ -45,7 +45,7 @@ class Engine:
     """A compiled model. Made by `compile`; generate and stream may be called any number of times."""
 
     cfg: ModelConfig
-    params: Params
+    params: Any  # Params; with stages, a tuple of those of each
     programs: Programs
     tokenizer: Tokenizer | None
     max_len: int
@@ -174,19 +174,40 @@ class Engine:
 
     @property
     def step_bytes(self) -> int:
-        """What each device has to read in a decode step: its part of the contracted weights and of the cache."""
+        """What each device has to read in a decode step: its part of the contracted weights and of the cache.
 
-        def nbytes(tree: Any) -> int:
-            leaves = jax.tree.leaves(tree)
-            return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+        With stages: a device of the stage that reads most, which reads its weights for each group of rows.
+        """
+        batch, slots = self.programs.batch, self.programs.slots
+        if self.mesh is None or self.mesh.shape["stages"] == 1:
+            return sum(_read(self.cfg, WHOLE, self.params, batch, slots, self.mesh, self.rules))
+        parts = stages.split(self.cfg, self.mesh.shape["stages"])
+        groups = stages.count_groups(batch, len(parts), self.mesh.shape["data"])
+        read = [
+            _read(stage.cfg, stage.part, params, batch, slots, mesh, self.rules)
+            for stage, params, mesh in zip(parts, self.params, shard.stage_meshes(self.mesh), strict=True)
+        ]
+        return max(groups * weights + cache for weights, cache in read)
 
-        looked_up = 0 if self.cfg.tie_embeddings else nbytes(self.params["embed"])
-        cache = jax.eval_shape(lambda: init_cache(self.cfg, self.programs.batch, self.programs.slots))
-        if self.mesh is not None:
-            shardings = shard.cache_shardings(self.cfg, self.mesh, cache.split, self.rules)
-            cache = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, shardings)
-            return nbytes(self.params) - looked_up + nbytes(cache)
-        return nbytes(self.params) - looked_up + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+def _read(
+    cfg: ModelConfig, part: Part, params: Params, batch: int, slots: int, mesh: Mesh | None, rules: shard.Rules
+) -> tuple[int, int]:
+    """Bytes of contracted weights and of the cache on each device."""
+
+    def nbytes(tree: Any) -> int:
+        leaves = jax.tree.leaves(tree)
+        return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+
+    looked_up = {} if cfg.tie_embeddings and part.predicts else params.get("embed", {})
+    weights = nbytes(params) - nbytes(looked_up)
+    cache = jax.eval_shape(lambda: init_cache(cfg, batch, slots))
+    if mesh is None:
+        return weights, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    shardings = shard.cache_shardings(cfg, mesh, cache.split, rules)
+    return weights, nbytes(
+        jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, shardings)
+    )
 
 
 @dataclasses.dataclass
@@ -289,9 +310,13 @@ def compile(
     if shard.across_hosts(mesh):
         hosts.require_same("the model, batch, length, mesh or rules", (lm.cfg, lm.ledger, batch, max_len, mesh, rules))
     params = storable(lm.params, mesh)
-    programs = compile_programs(lm.cfg, params, batch, max_len, mesh, rules=rules)
-    if mesh is not None:
-        params = shard.put(params, shard.param_shardings(lm.cfg, params, mesh, rules))
+    if mesh is not None and mesh.shape.get("stages", 1) > 1:
+        programs = stages.compile_stages(lm.cfg, params, batch, max_len, mesh, rules=rules)
+        params = stages.put(lm.cfg, params, mesh, rules)
+    else:
+        programs = compile_programs(lm.cfg, params, batch, max_len, mesh, rules=rules)
+        if mesh is not None:
+            params = shard.put(params, shard.param_shardings(lm.cfg, params, mesh, rules))
     return Engine(lm.cfg, params, programs, lm.tokenizer, max_len, mesh, rules)
 
 

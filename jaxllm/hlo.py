@@ -54,7 +54,10 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """shapes: of the result, several for a tuple. operands: names; of a parameter, its number. rest: attributes."""
+    """shapes: of the result, several for a tuple. rest: attributes.
+
+    operands: names; of a parameter its number, of a constant its value.
+    """
 
     name: str
     op: str
@@ -146,7 +149,7 @@ def _instruction(line: str) -> Instruction | None:
         return None
     close = _closing(line, call.end())
     inside = line[call.end() : close]
-    operands = (inside,) if call[1] == "parameter" else tuple(re.findall(r"%([\w.-]+)", inside))
+    operands = (inside,) if call[1] in ("parameter", "constant") else tuple(re.findall(r"%([\w.-]+)", inside))
     return Instruction(match[1], call[1], tuple(_shapes(line[at:end])), operands, line[close:])
 
 

@@ -59,7 +59,7 @@ _SUMS = tuple(field.name for field in dataclasses.fields(Cost) if field.name != 
 def cost(module: Module, trips: int = 1) -> tuple[Cost, Cost]:
     """The least and the most that one run takes; they differ where a conditional chooses.
 
-    trips: of a loop whose count the compiler does not know.
+    trips: of a loop whose count cannot be told.
     """
 
     @functools.cache
@@ -73,9 +73,8 @@ def cost(module: Module, trips: int = 1) -> tuple[Cost, Cost]:
 
     def one(i: Instruction, body: Computation) -> tuple[Cost, Cost]:
         if i.op == "while":
-            known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', i.rest)
             low, high = run(*i.called("body"))
-            times = int(known[1]) if known else trips
+            times = _trips(module, i, body) or trips
             return low * times, high * times
         if i.op == "conditional":
             branches = [run(name) for name in i.called(*CALLS)]
@@ -89,6 +88,30 @@ def cost(module: Module, trips: int = 1) -> tuple[Cost, Cost]:
     return run(module.entry)
 
 
+def _trips(module: Module, i: Instruction, body: Computation) -> int | None:
+    """Of a loop: as the compiler says, or as its counter runs from one constant to another; None where neither is."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', i.rest):
+        return int(known[1])
+    condition, inner = (module.computations[i.called(name)[0]] for name in ("condition", "body"))
+    test, carry, after = list(condition.values())[-1], body[i.operands[0]], list(inner.values())[-1]
+    counter = condition.get(test.operands[0]) if test.op == "compare" and "direction=LT" in test.rest else None
+    index = re.search(r"index=(\d+)", counter.rest) if counter and counter.op == "get-tuple-element" else None
+    if not index or carry.op != "tuple" or after.op != "tuple":
+        return None
+    at = int(index[1])
+    advance = inner[after.operands[at]]
+    step = _constant(inner, advance.operands[-1]) if advance.op == "add" else None
+    first, end = _constant(body, carry.operands[at]), _constant(condition, test.operands[1])
+    return -(-(end - first) // step) if step and first is not None and end is not None else None
+
+
+def _constant(body: Computation, name: str) -> int | None:
+    i = body.get(name)
+    while i is not None and i.op in ("copy", "bitcast"):
+        i = body.get(i.operands[0])
+    return int(i.operands[0]) if i is not None and i.op == "constant" and i.operands[0].isdigit() else None
+
+
 def _weight(cost: Cost) -> float:
     return cost.cycles + cost.memory_bytes
 
@@ -97,11 +120,11 @@ def _cost_of(module: Module, i: Instruction, body: Computation) -> Cost:
     """Of an instruction that calls nothing but a fusion."""
     if i.op in _FREE:
         return Cost()
-    kind = i.op.removesuffix("-start")
-    if kind in COLLECTIVES:
-        result = i.shapes[len(i.operands) :] if i.op != kind else i.shapes  # a start's tuple begins with its operands
-        received = sum(shape.nbytes for shape in result if shape.bits)
-        sent = received * _share_sent(kind, _group_size(i.rest))
+    if found := collective(module, i):
+        kind, attributes = found
+        first = len(i.operands) if i.op.endswith("-start") else 0  # a start's tuple begins with its operands
+        received = sum(shape.nbytes for shape in i.shapes[first:] if shape.bits)
+        sent = received * _share_sent(kind, _group_size(attributes))
         return Cost(cycles=i.cycles, collective_bytes=received, wire_bytes=sent, collectives={kind: 1})
     if i.op in ("copy-start", "slice-start"):
         to = i.shapes[0] if i.op == "copy-start" else i.shapes[-2]
@@ -117,6 +140,17 @@ def _cost_of(module: Module, i: Instruction, body: Computation) -> Cost:
     moved += sum(shape.memory_bytes(size) for shape, size in written(module, i, body))
     flops, int8_flops = _flops(module, i, body)
     return Cost(moved, moved if moves_only(module, i) else 0, flops, int8_flops, i.cycles)
+
+
+def collective(module: Module, i: Instruction) -> tuple[str, str] | None:
+    """The kind and the attributes of the collective that an instruction is; None for others.
+
+    The TPU compiler makes one of an all-reduce of which each device takes a part; it scatters what it reduces.
+    """
+    if (kind := i.op.removesuffix("-start")) in COLLECTIVES:
+        return kind, i.rest
+    inside = next((part for part in _inside(module, i).values() if part.op in COLLECTIVES), None)
+    return None if inside is None else ("reduce-scatter" if inside.op == "all-reduce" else inside.op, inside.rest)
 
 
 def _group_size(attributes: str) -> int:

@@ -2,111 +2,72 @@
 
 A decode step and a chunk of prefill are compiled by the target's own compiler, from shapes alone, and its program is
 read. Models of many layers are compiled with a few, twice, and their layers' cost is extended: unrolled layers cost the
-same each. `exact=True` compiles all of them.
+same each. `exact=True` compiles all of them. Of a model in stages, each stage is compiled for its part of the slice.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import importlib.metadata
 import itertools
-import json
-import logging
 import math
-import os
-import re
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from jaxllm import formats, hlo, hlo_cost, shard, targets
-from jaxllm.compile import CHUNKS, Lowering
+from jaxllm import hlo_cost, shard, targets
+from jaxllm.compile import CHUNKS, cache_slots
 from jaxllm.config import WIDTHS, ModelConfig
-from jaxllm.hub import cache_dir
-from jaxllm.lm import param_info
-from jaxllm.params import Params, assign, unflatten
+from jaxllm.prediction import HOP_S, Case, Kind, Program, compiled, interval, weight_bytes
+from jaxllm.stages import Stage, split
 from jaxllm.targets import Target
-from jaxllm.transforms.quantize import default_rules
-
-_log = logging.getLogger(__name__)
 
 FEW_LAYERS = (4, 8)  # with fewer, caches stay on the chip that would not in a whole model
-HOP_S = 1e-6  # from a chip to its neighbour: what a small collective waits for; an assumption
+# From a slice to another, through the network of the hosts; assumptions.
+NETWORK_S = 1e-4
+NETWORK_BYTES_PER_S = 12.5e9
+
+_NOTHING = Program(math.nan, math.nan, 0.0, hlo_cost.Cost(), hlo_cost.Cost(), 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """What is planned. format: of the weights, as for `quantize`; None for the config's dtype.
+class StagePlan:
+    """A stage of a Candidate: bytes of each of its devices, ms of one run for one group of the batch.
 
-    data, model, share: the mesh. kv_dtype: "int8" or None. batch: sequences in all. context: tokens of each.
+    argument_bytes: with the caches of all groups. transfer_ms: until the next stage, or of a token the first, has what
+    this one gives. Other fields as of a Candidate.
     """
 
-    target: Target
-    data: int
-    model: int
-    share: int
-    format: str | None
-    kv_dtype: str | None
-    batch: int
-    context: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What the compiler says of one program, for each device. low, high: of a run."""
-
+    layers: int
+    fits: bool
+    reason: str
     argument_bytes: float
     temp_bytes: float
     program_bytes: float
-    low: hlo_cost.Cost
-    high: hlo_cost.Cost
-    compile_s: float
-
-    @classmethod
-    def of(cls, compiled: Any, compile_s: float) -> Program:
-        memory = compiled.memory_analysis()
-        low, high = hlo_cost.cost(hlo.parse(compiled.as_text()))
-        code = memory.generated_code_size_in_bytes
-        return cls(memory.argument_size_in_bytes, memory.temp_size_in_bytes, code, low, high, compile_s)
-
-    def extend(self, other: Program, times: float) -> Program:
-        """self, and `times` what `other` is more."""
-
-        def along(a: float, b: float) -> float:
-            return a + (b - a) * times
-
-        return Program(
-            along(self.argument_bytes, other.argument_bytes),
-            max(self.temp_bytes, other.temp_bytes),  # layers run one after the other, in the same memory
-            along(self.program_bytes, other.program_bytes),
-            self.low + (other.low + self.low * -1) * times,
-            self.high + (other.high + self.high * -1) * times,
-            self.compile_s + (other.compile_s if other is not self else 0.0),
-        )
-
-
-_NOTHING = Program(math.nan, math.nan, 0.0, hlo_cost.Cost(), hlo_cost.Cost(), 0.0)
+    step_ms_low: float
+    step_ms_high: float
+    prefill_ms_low: float
+    prefill_ms_high: float
+    transfer_ms_low: float
+    transfer_ms_high: float
+    bottleneck: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A prediction, for a device where bytes are given and for the whole slice where tokens are.
 
+    With stages, bytes and reason are those of the stage that needs most, and other figures of all together.
+
     fits: whether arguments, temporaries and program go into hbm_bytes. reason: why not; "" where it does.
     step_ms: of a decode step with a full cache, one token for each sequence. The low end is the roofline: what memory,
         matmul units or links need at their peak. The high end takes the compiler's cycles and a delay for each
-        collective. bottleneck: what makes the low end.
+        collective. bottleneck: what makes the low end. With stages it is the sum of their times and transfers, for a
+        group; or what the slowest stage takes for all groups, where that is more.
     ttft_ms: of `prompt_tokens`, all sequences of the batch at once.
     tokens_per_s: of all sequences together. cost: for a million new tokens, at a price for a chip and hour.
     largest_batch: at this context, estimated from what a sequence more takes.
     layers: how many were compiled, of how many.
+    rules: as of a Case. stages: each; one for a model that is not split. groups: that the batch runs in.
+    bubble: the share of its time that a stage waits while the groups go through all once: (S - 1) / (groups + S - 1).
     """
 
     target: str
@@ -139,40 +100,31 @@ class Candidate:
     collective_bytes: float
     compile_s: float
     layers: tuple[int, int]
+    rules: str
+    stages: tuple[StagePlan, ...]
+    groups: int
+    bubble: float
 
 
-def meshes(cfg: ModelConfig, target: Target, batch: int) -> Iterator[tuple[int, int, int]]:
-    """(data, model, share) of the meshes of all of a slice's devices that divide the model and the batch.
+def meshes(
+    cfg: ModelConfig, target: Target, batch: int, stages: int = 1, rules: str = "tensor", context: int = 0
+) -> Iterator[tuple[int, int, int]]:
+    """(data, model, share) of the meshes of all devices of a stage's part of a slice that divide the model and batch.
 
-    Of those with as many devices a copy, only that in which the fewest share KV heads.
+    Of those with as many devices a copy, only that in which the fewest share KV heads. context: tokens, for rules that
+    split the cache by them. Raises ValueError where the slice has no such parts.
     """
-    devices = target.devices()
+    devices = target.part(stages).devices()
     for copy in (n for n in range(len(devices), 0, -1) if len(devices) % n == 0):
         for share in (n for n in range(1, copy + 1) if copy % n == 0):
             try:
                 sizes = len(devices) // copy, copy // share, share
-                shard.check_mesh(cfg, shard.make_mesh(*sizes, devices=devices), batch)
+                mesh = shard.make_mesh(*sizes, devices=devices)
+                shard.check_mesh(cfg, mesh, batch, shard.TABLES[rules], cache_slots(context))
             except ValueError:
                 continue
             yield sizes
             break
-
-
-def abstract_params(cfg: ModelConfig, format: str | None) -> Params:
-    """The shapes of a model's weights, quantised as `quantize(format)` would. Raises ValueError as that does."""
-    info = param_info(cfg)
-    chosen = assign(default_rules(format), info) if format else {}
-    leaves: dict[str, Any] = {}
-    for path, entry in info.items():
-        weight = jax.ShapeDtypeStruct(entry.shape, jnp.dtype(cfg.dtype))
-        name = chosen.get(path)
-        if name is None:
-            leaves[path] = weight
-        else:
-            fmt = formats.parse(name)
-            formats.check_group(fmt, entry.shape, entry.contracted, path)
-            leaves[path] = jax.eval_shape(lambda w, c=entry.contracted, f=fmt: formats.quantize(w, c, f), weight)
-    return unflatten(leaves)
 
 
 def predict(
@@ -183,48 +135,138 @@ def predict(
     Raises ValueError when the mesh does not divide the model, or the format not its weights.
     """
     cfg = dataclasses.replace(cfg, kv_dtype=case.kv_dtype or cfg.kv_dtype)
-    uniform = not any(isinstance(getattr(cfg, name), tuple) for name in WIDTHS)
-    few = FEW_LAYERS if uniform and not exact and cfg.num_layers > FEW_LAYERS[1] else (cfg.num_layers,)
-    each = [(kind, dataclasses.replace(cfg, num_layers=layers)) for kind in ("prefill", "step") for layers in few]
+    one = case.of_stage
+    few = {part: _few(part, exact) for part in split(cfg, case.stages)}
+    wanted = list(dict.fromkeys((some, kind) for parts in few.values() for some in parts for kind in KINDS))
     with targets.uncached(), ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
-        made = list(pool.map(lambda one: _compiled(one[1], case, one[0]), each))
-    reason = next((one for one in made if isinstance(one, str)), "")
-    programs: dict[str, Program] = {"prefill": _NOTHING, "step": _NOTHING}
-    if not reason:
-        times = (cfg.num_layers - few[0]) / (few[-1] - few[0]) if len(few) > 1 else 0.0
-        for n, kind in enumerate(programs):
-            first, last = made[n * len(few)], made[(n + 1) * len(few) - 1]
-            assert isinstance(first, Program)
-            assert isinstance(last, Program)
-            programs[kind] = first.extend(last, times)
-    return _candidate(cfg, case, programs, reason, prompt_tokens, price, few[-1])
+        made = dict(zip(wanted, pool.map(lambda want: compiled(want[0], one, want[1]), wanted), strict=True))
+    runs = [_run(part, one, [[made[some, kind] for some in parts] for kind in KINDS]) for part, parts in few.items()]
+    return _candidate(cfg, case, runs, prompt_tokens, price, max(len(parts[-1].layers) for parts in few.values()))
+
+
+KINDS: tuple[Kind, ...] = ("prefill", "step")
+
+
+def _few(part: Stage, exact: bool) -> list[Stage]:
+    """A stage as it is, or two like it of fewer layers, from which it follows."""
+    layers = len(part.layers)
+    uniform = not any(isinstance(getattr(part.cfg, name), tuple) for name in WIDTHS)
+    some = FEW_LAYERS if uniform and not exact and layers > FEW_LAYERS[1] else (layers,)
+    return [Stage(range(n), dataclasses.replace(part.cfg, num_layers=n), part.part) for n in some]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A stage's programs; reason: why there are none. one: its case."""
+
+    part: Stage
+    one: Case
+    prefill: Program
+    step: Program
+    reason: str
+
+    @property
+    def weight_bytes(self) -> float:
+        return weight_bytes(self.part, self.one)
+
+    @property
+    def temp_bytes(self) -> float:
+        return max(self.step.temp_bytes, self.prefill.temp_bytes)
+
+    @property
+    def program_bytes(self) -> float:
+        return self.step.program_bytes + self.prefill.program_bytes
+
+    @property
+    def state_bytes(self) -> float:
+        """The cache, of one group."""
+        return self.step.argument_bytes - self.weight_bytes
+
+
+def _run(part: Stage, one: Case, made: Sequence[Sequence[Program | str]]) -> _Run:
+    """made: the programs of `_few`, or why they do not fit, of each kind."""
+    programs, reason = [], ""
+    for of_kind in made:
+        first, last = of_kind[0], of_kind[-1]
+        if isinstance(first, str) or isinstance(last, str):
+            reason = reason or (first if isinstance(first, str) else str(last))
+            continue
+        times = (len(part.layers) - FEW_LAYERS[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0]) if len(of_kind) > 1 else 0.0
+        programs.append(first.extend(last, times))
+    prefill, step = [_NOTHING, _NOTHING] if reason else programs
+    return _Run(part, one, prefill, step, reason)
+
+
+def _stage_plan(run: _Run, case: Case, number: int) -> StagePlan:
+    chip, step = run.one.target.chip, run.step
+    arguments = step.argument_bytes + (case.groups - 1) * run.state_bytes
+    need, reason = arguments + run.temp_bytes + run.program_bytes, run.reason
+    if not reason and need > chip.hbm_bytes:
+        reason = f"needs {need / 1e9:.1f} GB of {chip.hbm_bytes / 1e9:.1f}"
+    low, high, bottleneck = interval(step, run.one.target)
+    prefill_low, prefill_high, _ = interval(run.prefill, run.one.target)
+    transfer_low, transfer_high = _transfer(run, case, number, tokens=1)
+    return StagePlan(
+        layers=len(run.part.layers),
+        fits=not reason,
+        reason=reason,
+        argument_bytes=arguments,
+        temp_bytes=run.temp_bytes,
+        program_bytes=run.program_bytes,
+        step_ms_low=low * 1e3,
+        step_ms_high=high * 1e3,
+        prefill_ms_low=prefill_low * 1e3,
+        prefill_ms_high=prefill_high * 1e3,
+        transfer_ms_low=transfer_low * 1e3,
+        transfer_ms_high=transfer_high * 1e3,
+        bottleneck=bottleneck,
+    )
+
+
+def _transfer(run: _Run, case: Case, number: int, tokens: int) -> tuple[float, float]:
+    """Seconds until another stage has what stage `number` gives for so many tokens of each row, least and most."""
+    if case.stages == 1:
+        return 0.0, 0.0
+    target, last = case.target, number == case.stages - 1
+    stream = run.one.lowering(run.part).stream(tokens)
+    nbytes = (
+        4.0 * run.one.batch if last else math.prod(stream.sharding.shard_shape(stream.shape)) * stream.dtype.itemsize
+    )
+    low = nbytes / target.chip.link_bytes_per_s + HOP_S
+    if target.count > 1 and (last or (number + 1) % (case.stages // target.count) == 0):
+        return low, nbytes * math.prod(run.one.target.host) / NETWORK_BYTES_PER_S + NETWORK_S
+    return low, nbytes / target.chip.link_bytes_per_s + sum(target.grid) * HOP_S
 
 
 def _candidate(
-    cfg: ModelConfig,
-    case: Case,
-    programs: dict[str, Program],
-    reason: str,
-    prompt_tokens: int,
-    price: float | None,
-    layers: int,
+    cfg: ModelConfig, case: Case, runs: Sequence[_Run], prompt_tokens: int, price: float | None, layers: int
 ) -> Candidate:
-    chip, step, prefill = case.target.chip, programs["step"], programs["prefill"]
-    temp = max(step.temp_bytes, prefill.temp_bytes)
-    code = step.program_bytes + prefill.program_bytes
-    need = step.argument_bytes + temp + code
-    if not reason and need > chip.hbm_bytes:
-        reason = f"needs {need / 1e9:.1f} GB of {chip.hbm_bytes / 1e9:.1f}"
-    low, high, bottleneck = interval(step, case.target)
-    chunks = math.ceil(prompt_tokens / CHUNKS[-1])
-    first_low, first_high, _ = interval(prefill, case.target)
-    rates = sorted((case.batch / high if high else 0.0, case.batch / low if low else 0.0))
+    plans = [_stage_plan(run, case, number) for number, run in enumerate(runs)]
+    prompt = [_transfer(run, case, number, CHUNKS[-1]) for number, run in enumerate(runs)]
+    failed = next((number for number, plan in enumerate(plans) if plan.reason), None)
+    worst = max(plans, key=_need) if failed is None else plans[failed]
+    slowest = max(plans, key=lambda plan: plan.step_ms_low)
+    steps = [
+        max(sum(step) + sum(transfer), case.groups * max(step))
+        for step, transfer in (
+            ([p.step_ms_low for p in plans], [p.transfer_ms_low for p in plans]),
+            ([p.step_ms_high for p in plans], [p.transfer_ms_high for p in plans]),
+        )
+    ]
+    runs_of_prompt = math.ceil(prompt_tokens / CHUNKS[-1]) * case.groups
+    first = [
+        sum(chunk) + sum(transfer) * 1e3 + (runs_of_prompt - 1) * max(chunk)
+        for chunk, transfer in (
+            ([p.prefill_ms_low for p in plans], [low for low, _ in prompt[:-1]]),
+            ([p.prefill_ms_high for p in plans], [high for _, high in prompt[:-1]]),
+        )
+    ]
+    rates = sorted(case.batch / ms * 1e3 if ms else 0.0 for ms in steps)
     costs: list[float | None] = [None, None]
     if price is not None and rates[0]:
         costs = [price * case.target.chips / 3600 / rate * 1e6 for rate in reversed(rates)]
-    weights = _weight_bytes(cfg, case)
-    row = (step.argument_bytes - weights + temp) / case.batch
-    room = (chip.hbm_bytes - weights - code) / row if row and not math.isnan(row) else 0
+    total = sum((run.step.low for run in runs), hlo_cost.Cost())
+    reason = worst.reason
     return Candidate(
         target=str(case.target),
         chips=case.target.chips,
@@ -234,112 +276,46 @@ def _candidate(
         batch=case.batch,
         context=case.context,
         fits=not reason,
-        reason=reason,
-        hbm_bytes=chip.hbm_bytes,
-        argument_bytes=step.argument_bytes,
-        temp_bytes=temp,
-        program_bytes=code,
-        step_ms_low=low * 1e3,
-        step_ms_high=high * 1e3,
-        bottleneck=bottleneck,
+        reason=f"stage {plans.index(worst) + 1} {reason}" if reason and len(plans) > 1 else reason,
+        hbm_bytes=case.target.chip.hbm_bytes,
+        argument_bytes=worst.argument_bytes,
+        temp_bytes=worst.temp_bytes,
+        program_bytes=worst.program_bytes,
+        step_ms_low=steps[0],
+        step_ms_high=steps[1],
+        bottleneck=slowest.bottleneck,
         prompt_tokens=prompt_tokens,
-        ttft_ms_low=first_low * chunks * 1e3,
-        ttft_ms_high=first_high * chunks * 1e3,
+        ttft_ms_low=first[0],
+        ttft_ms_high=first[1],
         tokens_per_s_low=rates[0],
         tokens_per_s_high=rates[1],
         cost_low=costs[0],
         cost_high=costs[1],
-        largest_batch=max(0, int(room) // case.data * case.data),
-        memory_bytes=step.low.memory_bytes,
-        flops=step.low.flops,
-        collectives=dict(step.low.collectives),
-        collective_bytes=step.low.collective_bytes,
-        compile_s=step.compile_s + prefill.compile_s,
+        largest_batch=min(_largest_batch(run, case) for run in runs),
+        memory_bytes=total.memory_bytes,
+        flops=total.flops,
+        collectives=dict(total.collectives),
+        collective_bytes=total.collective_bytes,
+        compile_s=sum(run.step.compile_s + run.prefill.compile_s for run in runs),
         layers=(layers, cfg.num_layers),
+        rules=case.rules,
+        stages=tuple(plans),
+        groups=case.groups,
+        bubble=(case.stages - 1) / (case.groups + case.stages - 1),
     )
 
 
-def interval(program: Program, target: Target) -> tuple[float, float, str]:
-    """Seconds of a run, least and most, and what makes the least."""
-    chip = target.chip
-
-    def floors(cost: hlo_cost.Cost) -> dict[str, float]:
-        links = sum(size > 1 for size in target.grid)
-        return {
-            "memory": cost.memory_bytes / chip.memory_bytes_per_s,
-            "matmul": (cost.flops - cost.int8_flops) / chip.flops + cost.int8_flops / chip.int8_flops,
-            "links": cost.wire_bytes / (chip.link_bytes_per_s * 2 * links) if links else 0.0,
-        }
-
-    low, high = floors(program.low), floors(program.high)
-    bottleneck = max(low, key=low.__getitem__)
-    hops = 2 * sum(size // 2 for size in target.grid if size > 1)  # there and back around a ring, both ways at once
-    waiting = sum(program.high.collectives.values()) * hops * HOP_S
-    most = max(program.high.cycles / chip.clock_hz, high["memory"], high["matmul"]) + 2 * high["links"] + waiting
-    return low[bottleneck], most, bottleneck
+def _need(plan: StagePlan) -> float:
+    return plan.argument_bytes + plan.temp_bytes + plan.program_bytes
 
 
-def _weight_bytes(cfg: ModelConfig, case: Case) -> float:
-    """Of one device."""
-    mesh = shard.make_mesh(case.data, case.model, case.share, devices=case.target.devices())
-    params = abstract_params(cfg, case.format)
-    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(shard.param_shardings(cfg, params, mesh)), strict=True)
-    return sum(
-        math.prod(sharding.shard_shape(leaf.shape)) * (0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize)
-        for leaf, sharding in pairs
-    )
-
-
-def _compiled(cfg: ModelConfig, case: Case, kind: str) -> Program | str:
-    """From the cache or the compiler; a text where the compiler says that it cannot fit."""
-    file = cache_dir() / "plan" / f"{_key(cfg, case, kind)}.json"
-    if file.exists():
-        stored = json.loads(file.read_text())
-        return stored if isinstance(stored, str) else _from_json(stored)
-    _log.info("plan: compiling %s of %d layers for %s, batch %d", kind, cfg.num_layers, case.target, case.batch)
-    began = time.perf_counter()
-    mesh = shard.make_mesh(case.data, case.model, case.share, devices=case.target.devices())
-    lower = Lowering(cfg, abstract_params(cfg, case.format), case.batch, case.context, mesh)
-    lowered = lower.step() if kind == "step" else lower.prefill(lower.chunks[-1])
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        found: Program | str = too_large(str(error))
-    else:
-        found = Program.of(compiled, time.perf_counter() - began)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_suffix(f".{os.getpid()}")
-    half.write_text(json.dumps(found if isinstance(found, str) else dataclasses.asdict(found)))
-    half.replace(file)
-    return found
-
-
-def too_large(message: str) -> str:
-    used = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", message)
-    used = used or re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT])", message)
-    return f"needs {used[1]}iB of {used[2]}iB" if used else "the compiler says that it does not fit"
-
-
-def _from_json(stored: dict[str, Any]) -> Program:
-    costs: dict[str, Any] = {end: hlo_cost.Cost(**stored[end]) for end in ("low", "high")}
-    return Program(**(stored | costs))
-
-
-def _key(cfg: ModelConfig, case: Case, kind: str) -> str:
-    """Of all that a compiled program depends on, this package's own text included."""
-    versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")]
-    what = [dataclasses.asdict(cfg), dataclasses.asdict(case), kind, versions, _source()]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def _source() -> str:
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+def _largest_batch(run: _Run, case: Case) -> int:
+    """In all groups together, that a stage's devices hold."""
+    row = run.state_bytes / run.one.batch + run.temp_bytes / case.batch
+    if not row or math.isnan(row):
+        return 0
+    room = (run.one.target.chip.hbm_bytes - run.weight_bytes - run.program_bytes) / row
+    return max(0, int(room) // case.data * case.data)
 
 
 def sweep(
@@ -353,18 +329,21 @@ def sweep(
     price: float | None = None,
     exact: bool = False,
     every_mesh: bool = False,
+    rules: Sequence[str] = ("tensor",),
+    stages: Sequence[int] | None = None,
 ) -> Iterator[Candidate]:
-    """Every slice with every format, batch and context, one by one as they are compiled.
+    """Every slice with every format, batch, context, rule table and number of stages, one by one as they are compiled.
 
     every_mesh: with each mesh that divides model and batch, not only the one that splits a copy of the model most.
+    rules: keys of `shard.TABLES`. stages: by default one for each of a target's slices.
     """
     for target in slices:
-        for format in formats:
-            for batch in batches:
-                for context in contexts:
-                    for mesh in itertools.islice(meshes(cfg, target, batch), None if every_mesh else 1):
-                        case = Case(target, *mesh, format, kv_dtype, batch, context)
-                        yield predict(cfg, case, prompt_tokens, price, exact)
+        for format, batch, context in itertools.product(formats, batches, contexts):
+            for table, count in itertools.product(rules, stages or [target.count]):
+                fitting = meshes(cfg, target, batch, count, table, context)
+                for mesh in itertools.islice(fitting, None if every_mesh else 1):
+                    case = Case(target, *mesh, format, kv_dtype, batch, context, table, count)
+                    yield predict(cfg, case, prompt_tokens, price, exact)
 
 
 def best(candidates: Sequence[Candidate]) -> Candidate | None:

@@ -17,7 +17,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.lm import param_info
 from jaxllm.params import ParamInfo, Params, flatten, unflatten
 
-AXES = ("data", "model", "share")
+AXES = ("stages", "data", "model", "share")
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # Tensor parallelism (Shoeybi et al. 2019): the first matmul of each pair is split by its outputs and the second by its
@@ -32,24 +32,35 @@ RULES: Rules = {
     "head_dim": None,
     "embed": None,
     "slots": None,
+    "residual": None,
+    "residual_step": None,
 }
+# In a chunk of prefill the residual stream is split between the parts of a block: what they add to it is scattered, and
+# gathered where it is read (Korthikanti et al. 2022, but by its width instead of by tokens). As many bytes as the sums,
+# and the norms' work is divided. In a decode step ("residual_step") more collectives would only wait longer.
+SCATTER: Rules = {**RULES, "residual": ("model", "share")}
+
 # The cache of chips that share KV heads is split by its slots, instead of each holding all of it.
 SEQUENCE_PARALLEL: Rules = {**RULES, "slots": "share"}
 # Weights are split over the batch's chips as well (Rajbhandari et al. 2020), and gathered where they are used.
 FULLY_SHARDED: Rules = {**RULES, "embed": "data"}
+TABLES = {"tensor": RULES, "scatter": SCATTER, "sequence": SEQUENCE_PARALLEL, "fully": FULLY_SHARDED}
 
 
-def make_mesh(data: int = 1, model: int = 1, share: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of data x model x share devices, with axes of these names; the compiler chooses inner shardings (Auto).
+def make_mesh(
+    data: int = 1, model: int = 1, share: int = 1, stages: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of stages x data x model x share devices, with axes of these names; the compiler chooses inner shardings.
 
-    data: over how many the batch is split. model x share: over how many a copy of the model is. share: of these, how
-        many have the same KV heads; for models with fewer of them than there are devices.
+    data: over how many the batch is split. model x share: over how many a layer is. share: of these, how many have the
+        same KV heads; for models with fewer of them than there are devices. stages: in how many runs the layers are
+        split, each on a run of the devices: see `jaxllm.stages`.
     devices: all by default, of every process that joined (`hosts.join`).
     Raises ValueError when there are fewer devices than that, or a process would be left with none.
     """
     everyone = devices is None
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": data, "model": model, "share": share}
+    sizes = {"stages": stages, "data": data, "model": model, "share": share}
     need = math.prod(sizes.values())
     if min(sizes.values()) < 1 or len(devices) < need:
         raise ValueError(
@@ -63,21 +74,32 @@ def make_mesh(data: int = 1, model: int = 1, share: int = 1, devices: Sequence[A
             f"data x model x share of {len(devices)}, or give devices=jax.local_devices() for this process alone."
         )
     # AxisType.Auto is said outright: jax.make_mesh's default has changed between releases.
-    return Mesh(np.array(devices[:need]).reshape(data, model, share), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.array(devices[:need]).reshape(*sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def stage_meshes(mesh: Mesh) -> list[Mesh]:
+    """The mesh of each stage: a mesh of one stage."""
+    return [Mesh(mesh.devices[i : i + 1], AXES, axis_types=mesh.axis_types) for i in range(mesh.shape["stages"])]
 
 
 def check_mesh(cfg: ModelConfig, mesh: Mesh, batch: int, rules: Rules = RULES, slots: int = 0) -> None:
     """Raises ValueError when the mesh does not divide a sharded dimension, naming the sizes that would.
 
-    slots: of the cache; 0 where they are not known yet.
+    Also when rules lack a logical axis, name an axis that no mesh has, or split one array twice over the same axis.
+    mesh: of one stage. slots: of the cache; 0 where they are not known yet.
     """
     if tuple(mesh.axis_names) != AXES:
         raise ValueError(f"The mesh has axes {mesh.axis_names}; expected {AXES}. jaxllm.make_mesh makes one.")
+    if mesh.shape["stages"] > 1:
+        raise ValueError(f"The mesh has {mesh.shape['stages']} stages; a program runs on one. See jaxllm.stages.")
+    _check_rules(cfg, rules)
     sizes = {
         ("batch", "batch"): batch,
         ("slots", "slots"): slots,
         ("vocab_size", "vocab"): cfg.vocab_size,
         ("embed_dim", "embed"): cfg.embed_dim,
+        ("embed_dim", "residual"): cfg.embed_dim,
+        ("embed_dim", "residual_step"): cfg.embed_dim,
         ("num_kv_heads", "kv_heads"): math.gcd(*cfg.widths("num_kv_heads")),
         ("num_heads", "heads"): math.gcd(*cfg.widths("num_heads")),
         ("ffw_dim", "ffw"): math.gcd(*cfg.widths("ffw_dim")),
@@ -94,6 +116,19 @@ def check_mesh(cfg: ModelConfig, mesh: Mesh, batch: int, rules: Rules = RULES, s
                 f"{name}={size} does not divide over the mesh's {over} ({chips} devices). "
                 f"{axes[0]} may be one of {fits}.{more}"
             )
+
+
+def _check_rules(cfg: ModelConfig, rules: Rules) -> None:
+    if rules.keys() != RULES.keys():
+        raise ValueError(f"The rules are for {sorted(rules)}; expected one for each of {sorted(RULES)}.")
+    if unknown := {axis for rule in rules.values() for axis in axes_of(rule)} - set(AXES[1:]):
+        raise ValueError(f"The rules split over {sorted(unknown)}; expected axes of {AXES[1:]}.")
+    activations = [("batch", "residual"), ("batch", "residual_step"), ("batch", "kv_heads", "slots")]
+    for logical in dict.fromkeys([*activations, *(info.axes for info in param_info(cfg).values())]):
+        axes = [axis for name in logical for axis in axes_of(rules[name])]
+        if twice := {axis for axis in axes if axes.count(axis) > 1}:
+            given = ", ".join(f"{name}: {rules[name]}" for name in logical)
+            raise ValueError(f"The rules split one array twice over {sorted(twice)}: {given}. Give each its own axis.")
 
 
 def axes_of(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:

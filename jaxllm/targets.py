@@ -55,10 +55,11 @@ _GRIDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A slice: chips of one kind in a grid."""
+    """A slice: chips of one kind in a grid. count: of such slices, joined by the network of their hosts."""
 
     kind: str
     grid: tuple[int, ...]
+    count: int = 1
 
     @property
     def chip(self) -> Chip:
@@ -66,7 +67,23 @@ class Target:
 
     @property
     def chips(self) -> int:
-        return math.prod(self.grid)
+        return self.count * math.prod(self.grid)
+
+    def part(self, parts: int) -> Target:
+        """What each of so many equal parts has: a slice, or one cut across its longest axes.
+
+        Raises ValueError where there are no such parts.
+        """
+        cuts, rest = divmod(parts, self.count)
+        grid = list(self.grid)
+        while not rest and cuts > 1:
+            prime = next(n for n in range(2, cuts + 1) if cuts % n == 0)
+            axis = max(range(len(grid)), key=lambda axis: (grid[axis] % prime == 0, grid[axis], axis))
+            grid[axis], rest = divmod(grid[axis], prime)
+            cuts //= prime
+        if rest or not cuts:
+            raise ValueError(f"{self} has no {parts} equal parts that are grids. Each of its slices may have some.")
+        return Target(self.kind, tuple(sorted(grid)) if len(grid) == 2 else tuple(grid))
 
     @property
     def host(self) -> tuple[int, ...]:
@@ -76,7 +93,7 @@ class Target:
         return tuple(math.gcd(size, part) for size, part in zip(self.grid, (2, 2, 1), strict=False))
 
     def __str__(self) -> str:
-        return f"{self.kind}:{'x'.join(map(str, self.grid))}"
+        return f"{f'{self.count}x' if self.count > 1 else ''}{self.kind}:{'x'.join(map(str, self.grid))}"
 
     def devices(self) -> list[Any]:
         """jax devices to make a mesh of and compile for; nothing can run on them.
@@ -87,15 +104,19 @@ class Target:
 
 
 def parse(name: str) -> Target:
-    """ "v5e:2x4" is a slice, "v5e" a single chip. Raises ValueError for anything else, saying what there is."""
-    found = re.fullmatch(rf"({'|'.join(CHIPS)})(?::(\d{{1,2}}(?:x\d{{1,2}}){{1,2}}))?", name)
-    axes = CHIPS[found[1]].axes if found else 0
-    grid = tuple(int(n) for n in found[2].split("x")) if found and found[2] else (1,) * axes
+    """ "v5e:2x4" is a slice, "2xv5e:2x4" are two, "v5e" is a single chip.
+
+    Raises ValueError for anything else, saying what there is.
+    """
+    found = re.fullmatch(rf"(?:([1-9]\d?)x)?({'|'.join(CHIPS)})(?::(\d{{1,2}}(?:x\d{{1,2}}){{1,2}}))?", name)
+    axes = CHIPS[found[2]].axes if found else 0
+    grid = tuple(int(n) for n in found[3].split("x")) if found and found[3] else (1,) * axes
     if not found or len(grid) != axes or 0 in grid:
         raise ValueError(
-            f"{name!r} is no target. Expected a chip, one of {', '.join(CHIPS)}, and its slice: v5e:2x4, v5p:2x2x1."
+            f"{name!r} is no target. Expected a chip, one of {', '.join(CHIPS)}, and its slice: v5e:2x4, v5p:2x2x1; "
+            "or several: 2xv5e:4x4."
         )
-    return Target(found[1], grid)
+    return Target(found[2], grid, int(found[1] or 1))
 
 
 def slices(kind: str, most: int) -> list[Target]:

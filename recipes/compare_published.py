@@ -20,7 +20,7 @@ from compare_tpu import theirs
 from rich.console import Console
 from rich.table import Table
 
-from jaxllm import plan, targets
+from jaxllm import plan, prediction, targets
 from jaxllm.config import from_hf
 
 CONFIG = Path(__file__).parent / "configs" / "llama-3.1-70b.json"
@@ -55,12 +55,13 @@ def predict_theirs(config, folder, mesh, batch, context):
     lowered = theirs(folder, config, TARGET, mesh, batch, context, int8_cache=True)
     with targets.uncached():
         compiled = lowered.compile()
-    low, high, _ = plan.interval(plan.Program.of(compiled, 0.0), TARGET)
+    low, high, _ = prediction.interval(prediction.Program.of(compiled, 0.0), TARGET)
     return low * 1e3, high * 1e3
 
 
 def predict_ours(cfg, mesh, batch, context):
-    found = plan.predict(cfg, plan.Case(TARGET, *mesh, "int8", "int8", batch, context))
+    data, model, share = mesh
+    found = plan.predict(cfg, prediction.Case(TARGET, data, model, share, "int8", "int8", batch, context))
     return found.step_ms_low, found.step_ms_high
 
 

@@ -18,7 +18,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxllm import hlo, hlo_cost, plan, shard, targets
+from jaxllm import hlo, hlo_cost, prediction, shard, targets
 from jaxllm.compile import Lowering
 from jaxllm.config import from_hf
 
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 def ours(cfg, target, sizes, batch, context, kv_dtype):
     mesh = shard.make_mesh(*sizes, devices=target.devices())
     cfg = dataclasses.replace(cfg, kv_dtype=kv_dtype)
-    return Lowering(cfg, plan.abstract_params(cfg, "int8"), batch, context, mesh).step()
+    return Lowering(cfg, prediction.abstract_params(cfg, "int8"), batch, context, mesh).step()
 
 
 def theirs(folder, config, target, sizes, batch, context, int8_cache):
@@ -63,8 +63,8 @@ def row(name, lowered, target):
     began = time.perf_counter()
     with targets.uncached():
         compiled = lowered.compile()
-    found = plan.Program.of(compiled, time.perf_counter() - began)
-    low, _, _ = plan.interval(found, target)
+    found = prediction.Program.of(compiled, time.perf_counter() - began)
+    low, _, _ = prediction.interval(found, target)
     return {
         "name": name,
         "argument_bytes": found.argument_bytes,

@@ -142,3 +142,48 @@ def test_flops_and_aliases_of_a_program_of_xlas():
 def test_other_texts_are_refused():
     with pytest.raises(ValueError, match="no optimised HLO"):
         hlo.parse("module @jit_f {\n}\n")
+
+
+@pytest.mark.parametrize(("first", "end", "step", "trips"), [(0, 4, 2, 2), (1, 8, 3, 3), ("%p", 4, 1, 10)])
+def test_a_counter_between_constants_says_how_often_its_loop_runs(first, end, step, trips):
+    begin = f"%first = u32[] constant({first})" if isinstance(first, int) else "%first = u32[] negate(%p)"
+    low, _ = cost(
+        f"""
+  %p = u32[] parameter(0)
+  {begin}
+  %from = u32[] copy(%first)
+  %x = f32[4]{{0:S(1)}} iota()
+  %carry = (f32[4]{{0:S(1)}}, u32[]) tuple(%x, %from)
+  ROOT %w = (f32[4]{{0:S(1)}}, u32[]) while(%carry), condition=%test, body=%turn""",
+        test=f"""
+  %c = (f32[4]{{0:S(1)}}, u32[]) parameter(0)
+  %n = u32[] get-tuple-element(%c), index=1
+  %end = u32[] constant({end})
+  ROOT %more = pred[] compare(%n, %end), direction=LT""",
+        turn=f"""
+  %t = (f32[4]{{0:S(1)}}, u32[]) parameter(0)
+  %v = f32[4]{{0:S(1)}} get-tuple-element(%t), index=0
+  %i = u32[] get-tuple-element(%t), index=1
+  %one = u32[] constant({step})
+  %j = u32[] add(%i, %one)
+  %y = f32[4]{{0:S(1)}} collective-permute(%v), source_target_pairs={{{{0,1}},{{1,0}}}}
+  ROOT %next = (f32[4]{{0:S(1)}}, u32[]) tuple(%y, %j)""",
+    )
+    assert low.collectives == {"collective-permute": trips}
+    assert low.wire_bytes == 16 * trips
+
+
+def test_an_all_reduce_of_which_each_takes_a_part_scatters():
+    low, _ = cost(
+        """
+  %x = f32[64,8]{1,0:S(1)} parameter(0)
+  ROOT %y = f32[16,8]{1,0:S(1)} fusion(%x), kind=kCustom, calls=%scatter""",
+        scatter="""
+  %a = f32[64,8]{1,0} parameter(0)
+  %i = s32[] constant(0)
+  %sum = f32[64,8]{1,0} all-reduce(%a), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %part = f32[16,8]{1,0} dynamic-slice(%sum, %i, %i), dynamic_slice_sizes={16,8}""",
+    )
+    assert low.collectives == {"reduce-scatter": 1}
+    assert low.collective_bytes == 16 * 8 * 4
+    assert low.wire_bytes == 3 * 16 * 8 * 4  # of a ring of four: three parts of a quarter each

@@ -1,5 +1,6 @@
 """Compiling for TPUs that nobody has at hand, by the real compiler: what it says, and what is made of it."""
 
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxllm
-from jaxllm import contracts, hlo_cost, plan, shard, targets
+from jaxllm import contracts, hlo, hlo_cost, plan, prediction, shard, targets
 from jaxllm.compile import Lowering
 from jaxllm.config import to_hf
 from jaxllm.params import flatten
@@ -34,7 +35,7 @@ SMALL = dataclasses.replace(
 
 def lowering(cfg, target, sizes, format="int8", batch=8, context=256, rules=shard.RULES):
     mesh = shard.make_mesh(*sizes, devices=targets.parse(target).devices())
-    return Lowering(cfg, plan.abstract_params(cfg, format), batch, context, mesh, rules)
+    return Lowering(cfg, prediction.abstract_params(cfg, format), batch, context, mesh, rules)
 
 
 def breaches(lower, program, layers, **contract):
@@ -62,7 +63,7 @@ def test_other_targets_are_refused(name):
 @pytest.mark.parametrize("format", ["int8", "int4-g32", "int4-g32-affine", "w8a8", "fp8", None])
 def test_abstract_weights_are_those_that_quantize_makes(tiny, format):
     made = tiny if format is None else jaxllm.quantize(format)(tiny)
-    for path, leaf in flatten(plan.abstract_params(tiny.cfg, format)).items():
+    for path, leaf in flatten(prediction.abstract_params(tiny.cfg, format)).items():
         expected = flatten(made.params)[path]
         assert jax.tree.map(lambda x: (x.shape, x.dtype), leaf) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
 
@@ -102,7 +103,7 @@ def test_the_contract_sees_what_breaks_it():
 def test_extending_few_layers_says_what_all_of_them_do(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
     cfg = dataclasses.replace(SMALL, num_layers=12)
-    case = plan.Case(targets.parse("v5e:2x2"), 1, 2, 2, "int8", None, 8, 256)
+    case = prediction.Case(targets.parse("v5e:2x2"), 1, 2, 2, "int8", None, 8, 256)
     some, whole = (plan.predict(cfg, case, prompt_tokens=64, exact=exact) for exact in (False, True))
     assert (some.layers, whole.layers) == ((8, 12), (12, 12))
     assert some.argument_bytes == pytest.approx(whole.argument_bytes, rel=0.001)
@@ -112,13 +113,13 @@ def test_extending_few_layers_says_what_all_of_them_do(monkeypatch, tmp_path):
     assert whole.fits
     assert whole.step_ms_low < whole.step_ms_high
     # The roofline: all weights but the embedding, and the cache, are read once.
-    params = flatten(plan.abstract_params(cfg, "int8"))
+    params = flatten(prediction.abstract_params(cfg, "int8"))
     leaves = [part for path, leaf in params.items() if path != "embed/w" for part in jax.tree.leaves(leaf)]
     read = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 4
     cache = 2 * 12 * 8 * 256 * 2 * 128 * 2 / 2
     assert read + cache < whole.memory_bytes < 1.15 * (read + cache)
     # Nothing is compiled twice.
-    monkeypatch.setattr(plan, "Lowering", None)
+    monkeypatch.setattr(prediction, "Lowering", None)
     again = plan.predict(cfg, case, prompt_tokens=64)
     assert dataclasses.asdict(again) == dataclasses.asdict(some)
 
@@ -127,7 +128,7 @@ def test_extending_few_layers_says_what_all_of_them_do(monkeypatch, tmp_path):
 def test_what_does_not_fit_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
     cfg = dataclasses.replace(SMALL, num_layers=2, ffw_dim=1 << 20, embed_dim=8192)
-    found = plan.predict(cfg, plan.Case(targets.parse("v5e"), 1, 1, 1, "int8", None, 8, 256), prompt_tokens=16)
+    found = plan.predict(cfg, prediction.Case(targets.parse("v5e"), 1, 1, 1, "int8", None, 8, 256), prompt_tokens=16)
     assert not found.fits
     assert re.fullmatch(r"needs [\d.]+GiB of 15.75GiB", found.reason)
 
@@ -140,16 +141,16 @@ def test_meshes_share_kv_heads_only_where_they_must():
 
 def program(**changes):
     cost = hlo_cost.Cost(memory_bytes=0.82e9, flops=1.97e9, cycles=3e6, **changes)
-    return plan.Program(1.0, 1.0, 1.0, cost, cost, 0.0)
+    return prediction.Program(1.0, 1.0, 1.0, cost, cost, 0.0)
 
 
 def test_the_interval_runs_from_the_roofline_to_the_cycles():
-    low, high, bottleneck = plan.interval(program(), targets.parse("v5e"))
+    low, high, bottleneck = prediction.interval(program(), targets.parse("v5e"))
     assert (low, high, bottleneck) == (pytest.approx(1e-3), pytest.approx(2e-3), "memory")
     slow_links = program(wire_bytes=0.9e9, collectives={"all-reduce": 2})
-    low, high, bottleneck = plan.interval(slow_links, targets.parse("v5e:2x2"))
+    low, high, bottleneck = prediction.interval(slow_links, targets.parse("v5e:2x2"))
     assert (low, bottleneck) == (pytest.approx(0.9e9 / (4 * 45e9)), "links")
-    assert high == pytest.approx(2e-3 + 2 * low + 2 * 4 * plan.HOP_S)
+    assert high == pytest.approx(2e-3 + 2 * low + 2 * 4 * prediction.HOP_S)
 
 
 @aot
@@ -197,3 +198,126 @@ def test_other_files_are_no_config(tmp_path, capsys, text):
     path.write_text(text)
     assert main(["plan", str(path), "--target", "v5e"]) == 1
     assert "JSON" in (err := capsys.readouterr().err) or "config.json" in err or "not supported" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "expected"),
+    [
+        ("v5e:4x8", 2, "v5e:4x4"),
+        ("v5e:4x4", 2, "v5e:2x4"),
+        ("v5e:2x4", 4, "v5e:1x2"),
+        ("v5p:2x2x2", 2, "v5p:2x2x1"),
+        ("2xv5e:4x4", 2, "v5e:4x4"),
+        ("2xv5e:4x4", 4, "v5e:2x4"),
+        ("v5e", 1, "v5e:1x1"),
+    ],
+)
+def test_parts_of_slices(name, parts, expected):
+    assert str(targets.parse(name).part(parts)) == expected
+
+
+@pytest.mark.parametrize(("name", "parts"), [("v5e:2x2", 3), ("v5e:2x2", 8), ("2xv5e:4x4", 1), ("3xv5e:4x4", 2)])
+def test_other_parts_are_refused(name, parts):
+    with pytest.raises(ValueError, match=f"has no {parts} equal parts"):
+        targets.parse(name).part(parts)
+
+
+def fake(monkeypatch, step_s, hbm=1e9):
+    """Programs that take so many seconds for each layer, and half as many for what comes beside them."""
+
+    def compiled(stage, case, kind):
+        each = len(stage.layers) + (0.5 if stage.part.predicts else 0)
+        cost = hlo_cost.Cost(memory_bytes=step_s * each * case.target.chip.memory_bytes_per_s)
+        return prediction.Program(hbm * len(stage.layers) + 1e9, 0.0, 0.0, cost, cost, 0.0)
+
+    monkeypatch.setattr(plan, "compiled", compiled)
+    monkeypatch.setattr(plan, "weight_bytes", lambda stage, case: hbm * len(stage.layers))
+    monkeypatch.setattr(targets, "_devices", lambda target: list(range(target.chips)))
+    monkeypatch.setattr(shard, "make_mesh", lambda *sizes, devices: None)
+    monkeypatch.setattr(
+        plan, "_transfer", lambda run, case, number, tokens: (1e-6, 3e-6) if case.stages > 1 else (0, 0)
+    )
+
+
+def test_stages_add_up(monkeypatch):
+    cfg = dataclasses.replace(SMALL, num_layers=24)
+    fake(monkeypatch, 1e-3)
+    case = prediction.Case(targets.parse("v5e:2x2"), 1, 1, 1, "int8", None, 8, 256, stages=4)
+    found = plan.predict(cfg, case, prompt_tokens=512)
+    assert [stage.layers for stage in found.stages] == [6, 6, 6, 6]
+    assert [stage.step_ms_low for stage in found.stages] == pytest.approx([6, 6, 6, 6.5])
+    assert found.groups == 4
+    assert found.bubble == pytest.approx(3 / 7)
+    # Four groups keep the last stage, which is the slowest, always busy.
+    assert found.step_ms_low == pytest.approx(4 * 6.5)
+    # Two chunks of four groups: the first through all stages, then one after the other through the slowest.
+    assert found.ttft_ms_low == pytest.approx(24.5 + 3e-3 + 7 * 6.5)
+    assert found.tokens_per_s_high == pytest.approx(8 / 26e-3)
+    # A cache of 1 GB for each group, beside 6 GB of weights.
+    assert found.argument_bytes == pytest.approx(10e9)
+    alone = plan.predict(cfg, dataclasses.replace(case, batch=1), prompt_tokens=16)
+    assert (alone.groups, alone.bubble) == (1, 0.75)
+    assert alone.step_ms_low == pytest.approx(24.5 + 4e-3)
+    assert alone.step_ms_high == pytest.approx(24.5 + 12e-3)
+
+
+def test_the_stage_that_does_not_fit_is_named(monkeypatch):
+    fake(monkeypatch, 1e-3, hbm=2e9)
+    cfg = dataclasses.replace(SMALL, num_layers=15)
+    case = prediction.Case(targets.parse("v5e:1x2"), 1, 1, 1, "int8", None, 2, 256, stages=2)
+    found = plan.predict(cfg, case)
+    assert [stage.fits for stage in found.stages] == [False, True]
+    assert found.reason.startswith("stage 1 needs 18.0 GB of 16.9")
+
+
+@aot
+def test_each_stage_is_compiled_for_its_part_of_the_slice(tmp_path, monkeypatch, capsys):
+    from jaxllm.cli import main
+
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_hf(dataclasses.replace(SMALL, num_layers=2))))
+    options = ["--batch", "16", "--context", "16", "--prompt-tokens", "16", "--json"]
+    assert main(["plan", str(path), "--target", "v5e:1x2", "--stages", "2", *options]) == 0
+    out, _ = capsys.readouterr()
+    (found,) = json.loads(out.splitlines()[-1])["candidates"]
+    first, last = found["stages"]
+    assert (found["chips"], found["groups"], found["bubble"]) == (2, 2, pytest.approx(1 / 3))
+    # The last reads the head as well: 4096 x 2048 bytes at 0.82 TB/s.
+    assert last["step_ms_low"] - first["step_ms_low"] == pytest.approx(4096 * 2048 / 0.82e9, rel=0.3)
+    assert first["transfer_ms_low"] == pytest.approx((8 * 2048 * 2 / 45e9 + prediction.HOP_S) * 1e3)
+    assert found["step_ms_low"] >= sum(stage["step_ms_low"] + stage["transfer_ms_low"] for stage in found["stages"])
+    assert not found["collectives"]
+    assert "bubble" in out
+
+
+@aot
+def test_a_table_of_rules_chooses_the_collectives(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
+    kinds = {}
+    for name in ("tensor", "scatter"):
+        lower = lowering(SMALL, "v5e:2x2", (1, 2, 2), context=16, rules=shard.TABLES[name])
+        with targets.uncached():
+            module = hlo.parse(lower.prefill(16).compile().as_text())
+        inside = (hlo_cost.collective(module, i) for _, i in module.executed() if "layer_" in i.source)
+        kinds[name] = collections.Counter(found[0] for found in inside if found)
+    assert kinds["tensor"] == {"all-reduce": 2}
+    # The all-reduces are those of the norms, of a number for each token.
+    assert kinds["scatter"] == {"reduce-scatter": 2, "all-gather": 2, "all-reduce": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rules", "tensor,ring"], "--rules has 'ring'; expected some of tensor, scatter, sequence, fully"),
+        (["--stages", "2"], "stages=2; a model of 1 layers has 1 to 1"),
+        (["--stages", "0"], "--stages is '0'; expected positive integers"),
+    ],
+)
+def test_choices_that_are_none_are_refused(tmp_path, capsys, options, message):
+    from jaxllm.cli import main
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_hf(SMALL)))
+    assert main(["plan", str(path), "--target", "v5e:2x2", *options]) == 1
+    assert message in capsys.readouterr().err

@@ -90,7 +90,7 @@ def load_path(
     Raises FileNotFoundError when nothing is there, ValueError when it cannot be read or the mesh does not divide it,
     before reading weights where headers tell.
     """
-    if mesh is None:
+    if mesh is None or mesh.shape["stages"] > 1:  # stages place their weights themselves
         return open_path(Path(path), origin=origin, dtype=dtype).lm()
     place = functools.partial(shard.leaf_shardings, mesh=mesh, rules=rules)
     reader = open_path(Path(path), origin=origin, dtype=dtype, place=place)

@@ -68,7 +68,9 @@ def parser() -> argparse.ArgumentParser:
         mesh(sub)
 
     def mesh(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--mesh", metavar="data=1,model=4,share=1", help="devices to shard over (default: one)")
+        sub.add_argument(
+            "--mesh", metavar="data=1,model=4,share=1,stages=1", help="devices to shard over (default: one)"
+        )
         sub.add_argument(
             "--hosts",
             metavar="auto|ADDRESS:PORT,COUNT,INDEX",
@@ -192,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("plan", "predict a model on TPU slices, by compiling it for them: no TPU is needed")
     sub.add_argument("model", metavar="MODEL", help="a config.json, or name, directory, .gguf file, Hugging Face id")
-    sub.add_argument("--target", required=True, help="slices, or chips for all of their slices: v5e, v6e:2x4")
+    sub.add_argument("--target", required=True, help="slices, or chips for all of theirs: v5e,v6e:2x4,2xv5e:4x4")
     sub.add_argument("--max-chips", type=int, default=16, help="of a chip's slices (default %(default)s)")
     sub.add_argument(
         "--quantize", default="int8", metavar="FORMATS", help="of weights: int8,int4-g32,float (default int8)"
@@ -205,17 +207,31 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--context", default="2048", help="tokens of prompt and answer (default %(default)s)")
     sub.add_argument("--prompt-tokens", type=int, default=512, help="for the time to first token (default %(default)s)")
     sub.add_argument("--price", type=float, help="dollars for a chip and hour, for the cost of a million tokens")
+    sub.add_argument(
+        "--rules",
+        default="tensor",
+        metavar="TABLES",
+        help="how layers are split: tensor (sums over chips), scatter (prefill's are scattered and gathered), sequence "
+        "(caches of chips that share KV heads, by slots), fully (weights over the batch's chips) (default %(default)s)",
+    )
+    sub.add_argument(
+        "--stages",
+        metavar="COUNTS",
+        help="runs that the layers are split in, each on its part of the target: 1,2 (default: one for each slice)",
+    )
     sub.add_argument("--all-meshes", action="store_true", help="not only the one that splits a copy of the model most")
     sub.add_argument("--exact", action="store_true", help="compile every layer, not a few from which the rest follows")
     sub.add_argument("--plot", type=Path, metavar="FILE.png", help="draw speed against latency")
 
     sub = command("compile", "compile a model's programs for a machine that need not be here; check or ship them")
     sub.add_argument("model", metavar="MODEL", help="a config.json, or name, directory, .gguf file, Hugging Face id")
-    sub.add_argument("--target", required=True, help="a slice, v5e:2x4; or cpu or gpu, of this machine")
+    sub.add_argument("--target", required=True, help="a slice, v5e:2x4, or several; or cpu or gpu, of this machine")
     sub.add_argument(
         "--out", type=Path, help="write a bundle: weights, programs, tokenizer; run it again to go on where it ended"
     )
     sub.add_argument("--mesh", metavar="data=1,model=4,share=1", help="default: the one that splits a copy most")
+    sub.add_argument("--rules", default="tensor", metavar="TABLE", help="as for plan (default %(default)s)")
+    sub.add_argument("--stages", type=int, help="as for plan; the mesh is then of each (default: one for each slice)")
     sub.add_argument("--quantize", metavar="FORMAT", help=f"of weights: {formats.NAMES} (default: as they are)")
     sub.add_argument("--kv", choices=("int8",), help="keys and values of the cache")
     sub.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the rest (default: the checkpoint's)")

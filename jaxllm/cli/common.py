@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ import jaxllm
 from jaxllm import hosts, report
 from jaxllm.bundle import is_bundle
 from jaxllm.textfiles import read_text
+
+MESH = ("data", "model", "share", "stages")
 
 
 def finite(value: Any) -> Any:
@@ -126,7 +128,7 @@ def numbers(option: str, given: str) -> list[int]:
 
 
 def mesh(spec: str | None) -> Any:
-    return None if spec is None else jaxllm.make_mesh(**counts("--mesh", spec, ("data", "model", "share"), int))
+    return None if spec is None else jaxllm.make_mesh(**counts("--mesh", spec, MESH, int))
 
 
 def counts(option: str, spec: str, names: Sequence[str], number: Callable[[str], Any]) -> dict[str, Any]:
@@ -143,6 +145,14 @@ def counts(option: str, spec: str, names: Sequence[str], number: Callable[[str],
                 f"{option} has {item!r}; expected NAME=NUMBER with NAME one of {', '.join(names)}, each once."
             ) from None
     return out
+
+
+def one_of(option: str, given: str, names: Iterable[str]) -> list[str]:
+    """one_of("--rules", "tensor,scatter", …) == ["tensor", "scatter"]; ValueError for what is not among the names."""
+    names, words = list(names), given.split(",")
+    if unknown := [word for word in words if word not in names]:
+        raise ValueError(f"{option} has {unknown[0]!r}; expected some of {', '.join(names)}.")
+    return words
 
 
 def fraction_or_count(value: str) -> int | float:

@@ -13,18 +13,19 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from jaxllm import bundle, shard, targets
+from jaxllm import bundle, prediction, shard, targets
 from jaxllm import plan as planning
 from jaxllm.arrays import QArray
 from jaxllm.checkpoint import load_header, optimize_checkpoint
 from jaxllm.checkpoint.hf import read_config
 from jaxllm.cli import common
-from jaxllm.compile import parse
+from jaxllm.compile import Lowering
 from jaxllm.config import ModelConfig
-from jaxllm.examine import Examined, examine
+from jaxllm.examine import Examined, contract, examine
 from jaxllm.generate import choose_max_len
 from jaxllm.lm import LM
 from jaxllm.params import flatten
+from jaxllm.stages import count_groups, split
 from jaxllm.transforms.layerwise import check as check_steps
 from jaxllm.transforms.quantize import quantize, quantize_kv
 
@@ -34,24 +35,45 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     slices = []
     for name in args.target.split(","):
         one = targets.parse(name)
-        slices += [one] if ":" in name else targets.slices(one.kind, args.max_chips)
+        slices += [one] if ":" in name or one.count > 1 else targets.slices(one.kind, args.max_chips)
     batches, contexts = common.numbers("--batch", args.batch), common.numbers("--context", args.context)
     formats = [None if name == "float" else name for name in args.quantize.split(",")]
     if args.prompt_tokens > min(contexts):
         raise ValueError(f"--prompt-tokens {args.prompt_tokens} do not fit a context of {min(contexts)}.")
+    rules = common.one_of("--rules", args.rules, shard.TABLES)
+    stages = None if args.stages is None else common.numbers("--stages", args.stages)
     cfg = header(args.model, args.dtype).cfg
     for format in formats:
-        planning.abstract_params(cfg, format)  # a wrong one is told first
+        prediction.abstract_params(cfg, format)  # what is wrong is told first
+    for count in stages or [target.count for target in slices]:
+        split(cfg, count)
+    for target in slices:
+        for count in stages or [target.count]:
+            target.part(count)
     found = []
     for candidate in planning.sweep(
-        cfg, slices, formats, batches, contexts, args.kv, args.prompt_tokens, args.price, args.exact, args.all_meshes
+        cfg,
+        slices,
+        formats,
+        batches,
+        contexts,
+        args.kv,
+        args.prompt_tokens,
+        args.price,
+        args.exact,
+        args.all_meshes,
+        rules,
+        stages,
     ):
         common.log(line(candidate))
         found.append(candidate)
     if not found:
         raise ValueError("No mesh of these slices divides the model; a slice of fewer chips may.")
     best = planning.best(found)
-    Console(width=None if sys.stdout.isatty() else 150).print(table(found, best))
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(table(found, best))
+    if any(len(candidate.stages) > 1 for candidate in found):
+        console.print(stage_table(found))
     if args.plot:
         plot(found, best, args.plot)
         common.log(f"wrote {args.plot}")
@@ -73,22 +95,34 @@ def compile_for(args: argparse.Namespace) -> dict[str, Any]:
     check_steps(given, steps)
     if args.quantize and any(isinstance(leaf, QArray) for leaf in flatten(given.params).values()):
         raise ValueError(f"{args.model} is quantised already; leave --quantize out.")
-    spec = _spec(args, given.cfg, target)
+    (rules,) = common.one_of("--rules", args.rules, shard.TABLES)[:1]
+    stages = args.stages or (target.count if target else 1)
+    split(given.cfg, stages)
+    if stages > 1 and (target is None or args.out is not None):
+        raise ValueError(f"{stages} stages are for TPU targets, and a bundle has one; leave --out out.")
+    spec = _spec(args, given.cfg, target, rules, stages)
+    if target is not None and stages > 1:
+        target = target.part(stages)
+        devices = target.devices()
     made: dict[str, Any] = {}
     report: list[Examined] = []
 
     def make(lm: LM) -> None:
-        lowering, programs = bundle.lower(spec, lm.cfg, lm.params, devices)
-        if args.out is None:
-            programs = {name: one for name, one in programs.items() if parse(name)[0] in ("decode", "prefill")}
-        found, compiled = examine(lowering, programs, lm.cfg.num_layers, target)
+        if stages > 1:
+            programs = _of_stages(spec, stages, rules, lm, devices)
+        else:
+            lowering, lowered = bundle.lower(spec, lm.cfg, lm.params, devices)
+            programs = {name: (lowering, one, contract(name, rules)) for name, one in lowered.items()}
+            if args.out is None:
+                programs = {name: one for name, one in programs.items() if one[2]}
+        found, compiled = examine(programs, target)
         show(found, spec, args.check, must_fit=args.check or args.out is not None)
         report.extend(found)
         made.update(compiled)
 
     if given.params:
         cfg = dataclasses.replace(given.cfg, kv_dtype=args.kv or given.cfg.kv_dtype)
-        make(LM(cfg, planning.abstract_params(cfg, args.quantize) if args.quantize else given.params))
+        make(LM(cfg, prediction.abstract_params(cfg, args.quantize) if args.quantize else given.params))
     elif args.out is None:
         raise ValueError(f"{args.model} was quantised by another tool: only its weights tell their shapes. Add --out.")
 
@@ -106,9 +140,25 @@ def compile_for(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "target": spec.target,
         "mesh": mesh,
+        "rules": rules,
+        "stages": stages,
         "out": out,
         "programs": [dataclasses.asdict(program) for program in report],
     }
+
+
+def _of_stages(spec: bundle.Spec, stages: int, rules: str, lm: LM, devices: list[Any]) -> dict[str, Any]:
+    """A step and prefill of each stage, for its devices."""
+    mesh = spec.make_mesh(devices)
+    assert mesh is not None
+    batch, programs = spec.batch // count_groups(spec.batch, stages, mesh.shape["data"]), {}
+    for number, stage in enumerate(split(lm.cfg, stages), 1):
+        lowering = Lowering(
+            stage.cfg, stage.params(lm.params), batch, spec.max_len, mesh, shard.TABLES[rules], part=stage.part
+        )
+        lowered = {"step": lowering.step()} | {f"prefill {n}": lowering.prefill(n) for n in lowering.chunks}
+        programs |= {f"stage {number} {name}": (lowering, one, contract(name, rules)) for name, one in lowered.items()}
+    return programs
 
 
 def _devices(name: str) -> tuple[targets.Target | None, list[Any]]:
@@ -123,17 +173,19 @@ def _devices(name: str) -> tuple[targets.Target | None, list[Any]]:
         raise ValueError(f"--target {name}: this machine has none that jax can use ({error}).") from error
 
 
-def _spec(args: argparse.Namespace, cfg: ModelConfig, target: targets.Target | None) -> bundle.Spec:
+def _spec(
+    args: argparse.Namespace, cfg: ModelConfig, target: targets.Target | None, rules: str, stages: int
+) -> bundle.Spec:
+    max_len = choose_max_len(cfg, args.context)
     mesh: dict[str, int] | None = None
     if args.mesh is not None:
         mesh = common.counts("--mesh", args.mesh, ("data", "model", "share"), int)
     elif target is not None:
-        sizes = next(planning.meshes(cfg, target, args.batch), None)
+        sizes = next(planning.meshes(cfg, target, args.batch, stages, rules, max_len), None)
         if sizes is None:
             raise ValueError(f"No mesh of {target} divides the model and a batch of {args.batch}; try fewer chips.")
         mesh = {"data": sizes[0], "model": sizes[1], "share": sizes[2]}
-    max_len = choose_max_len(cfg, args.context)
-    return bundle.Spec(str(target or args.target), mesh, shard.RULES, args.batch, max_len)
+    return bundle.Spec(str(target or args.target), mesh, shard.TABLES[rules], args.batch, max_len)
 
 
 def show(found: Sequence[Examined], spec: bundle.Spec, check: bool, must_fit: bool) -> None:
@@ -186,7 +238,7 @@ def header(model: str, dtype: str | None) -> LM:
     """The shapes of a config.json, or of anything that `load` takes. dtype: of float weights and activations."""
     if _is_config(model):
         cfg = read_config(Path(model), dtype)[0]
-        return LM(cfg, planning.abstract_params(cfg, None))
+        return LM(cfg, prediction.abstract_params(cfg, None))
     return load_header(model, dtype, log=common.log)
 
 
@@ -197,7 +249,9 @@ def line(c: planning.Candidate) -> str:
 
 
 def _mesh(c: planning.Candidate) -> str:
-    return " x ".join(str(size) for size in c.mesh.values())
+    sizes = " x ".join(str(size) for size in c.mesh.values())
+    count = f"{len(c.stages)} stages of " if len(c.stages) > 1 else ""
+    return f"{count}{sizes}{'' if c.rules == 'tensor' else f' {c.rules}'}"
 
 
 def table(candidates: Sequence[planning.Candidate], best: planning.Candidate | None) -> Table:
@@ -221,6 +275,31 @@ def table(candidates: Sequence[planning.Candidate], best: planning.Candidate | N
         steps = f"{c.step_ms_low:.2f}-{c.step_ms_high:.2f}"
         first = f"{c.ttft_ms_low:.0f}-{c.ttft_ms_high:.0f}"
         out.add_row(*start, size, steps, c.bottleneck, first, rates, each, cost, str(c.largest_batch))
+    return out
+
+
+def stage_table(candidates: Sequence[planning.Candidate]) -> Table:
+    out = Table(
+        caption="Each stage, for one group of the batch. bubble: of its time a stage waits while all groups go through "
+        "once; a decode loop goes on with the next token instead."
+    )
+    for name in ("target", "mesh", "batch", "stage", "layers", "GB", "ms a step", "ms to the next", "limit", "bubble"):
+        out.add_column(name, justify="left" if name in ("target", "mesh", "limit") else "right")
+    for c in (c for c in candidates if len(c.stages) > 1):
+        for number, stage in enumerate(c.stages, 1):
+            each = f"{c.batch // c.groups} x {c.groups}"
+            start = [c.target, _mesh(c), each] if number == 1 else [""] * 3
+            size = (stage.argument_bytes + stage.temp_bytes + stage.program_bytes) / 1e9
+            out.add_row(
+                *start,
+                str(number),
+                str(stage.layers),
+                f"{size:.1f}",
+                f"{stage.step_ms_low:.2f}-{stage.step_ms_high:.2f}",
+                f"{stage.transfer_ms_low:.3f}-{stage.transfer_ms_high:.3f}",
+                stage.reason or stage.bottleneck,
+                f"{c.bubble:.0%}" if number == 1 else "",
+            )
     return out
 
 

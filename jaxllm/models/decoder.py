@@ -20,6 +20,11 @@ def _anywhere(x: jax.Array, *axes: str | None) -> jax.Array:
     return x
 
 
+def residual_axes(length: int) -> tuple[str | None, ...]:
+    """Logical axes of the residual stream [B, T, D] between the parts of a block."""
+    return "batch", None, "residual" if length > 1 else "residual_step"
+
+
 class Attention(nn.Module):
     cfg: ModelConfig
     constrain: Constrain = _anywhere
@@ -83,19 +88,22 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        c = self.cfg
+        c, axes = self.cfg, residual_axes(x_BTD.shape[1])
         normed_BTD = RMSNorm("embed", c.norm_eps, c.dtype, name="attn_norm")(x_BTD)
-        y_BTD, cache = Attention(c, self.constrain, name="attn")(normed_BTD, positions_BT, cache)
-        x_BTD += y_BTD
-        x_BTD += Mlp(c, name="mlp")(RMSNorm("embed", c.norm_eps, c.dtype, name="mlp_norm")(x_BTD))
-        return x_BTD, cache
+        y_BTD, cache = Attention(c, self.constrain, name="attn")(
+            self.constrain(normed_BTD, "batch", None, None), positions_BT, cache
+        )
+        x_BTD = self.constrain(x_BTD + y_BTD, *axes)
+        normed_BTD = RMSNorm("embed", c.norm_eps, c.dtype, name="mlp_norm")(x_BTD)
+        y_BTD = Mlp(c, name="mlp")(self.constrain(normed_BTD, "batch", None, None))
+        return self.constrain(x_BTD + y_BTD, *axes), cache
 
 
 class Decoder(nn.Module):
     """Token ids to logits.
 
-    constrain: applied to the residual stream between blocks, and to new keys and values; a sharding constraint where
-        there is a mesh.
+    constrain: applied to the residual stream, to what blocks read of it, and to new keys and values; a sharding
+        constraint where there is a mesh.
     """
 
     cfg: ModelConfig
@@ -112,31 +120,40 @@ class Decoder(nn.Module):
 
     def __call__(
         self,
-        tokens_BT: jax.Array,
+        x: jax.Array,
         positions_BT: jax.Array,
         cache: KVCache | None = None,
         last_B: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Returns float32 logits [B, T, V] and the cache with this call's positions written.
 
-        last_B: index into T of the one token of each row to give logits for: then they are [B, 1, V].
+        x: as of `run`. last_B: index into T of the one token of each row to give logits for: then they are [B, 1, V].
         """
-        x_BTD = self.constrain(self.embed(tokens_BT), "batch", None, None)
+        x_BTD, cache = self.run(x, positions_BT, cache)
+        if last_B is not None:
+            x_BTD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
+        return self.predict(x_BTD), cache
+
+    def run(
+        self, x: jax.Array, positions_BT: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """The residual stream [B, T, D] after the layers, and the cache.
+
+        x: token ids [B, T], or the residual stream [B, T, D] after the layers before these, of another program.
+        """
+        x_BTD = self.constrain(self.embed(x) if x.ndim == 2 else x, *residual_axes(x.shape[1]))
         caches: list[LayerCache] = []
         for i, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{i}"):
                 layer_cache = None if cache is None else LayerCache(cache.k[i], cache.v[i], cache.split)
                 x_BTD, layer_cache = layer(x_BTD, positions_BT, layer_cache)
-                x_BTD = self.constrain(x_BTD, "batch", None, None)
             if layer_cache is not None:
                 caches.append(layer_cache)
-        if last_B is not None:
-            x_BTD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
         if cache is not None:
             cache = KVCache(tuple(layer.k for layer in caches), tuple(layer.v for layer in caches), cache.split)
-        return self.predict(x_BTD), cache
+        return x_BTD, cache
 
     def predict(self, x_BTD: jax.Array) -> jax.Array:
         """Float32 logits [B, T, V] from what the last layer gave."""
-        x_BTD = self.final_norm(x_BTD)
+        x_BTD = self.constrain(self.final_norm(x_BTD), "batch", None, None)
         return self.embed.logits(x_BTD) if self.cfg.tie_embeddings else self.head(x_BTD)
