@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxllm.arrays import INT8_MAX
 from jaxllm.config import ModelConfig
@@ -18,7 +19,7 @@ from jaxllm.config import ModelConfig
 class Rounded:
     """Keys or values in int8, with a scale for each head of each token: x ≈ values * scale.
 
-    values: int8. scale: float32, values' shape with 1 for head_dim; in a cache that is not split, [B, K, 1, S].
+    values: int8. scale: float32, values' shape with 1 for head_dim; in a cache that is not split, [B, K, S].
     """
 
     values: jax.Array
@@ -61,8 +62,8 @@ def init_cache(cfg: ModelConfig, batch: int, slots: int, split: bool = True) -> 
     def entries(*shape: int, head_axis: int) -> Entries:
         if cfg.kv_dtype is None:
             return jnp.zeros(shape, cfg.dtype)
-        scale = (*shape[:2], 1, slots) if not split or head_axis == 2 else (*shape[:3], 1)
-        return Rounded(jnp.zeros(shape, jnp.int8), jnp.zeros(scale, jnp.float32))
+        scale = tuple(1 if axis == head_axis else size for axis, size in enumerate(shape))
+        return Rounded(jnp.zeros(shape, jnp.int8), jnp.zeros(scale if split else scale[:3], jnp.float32))
 
     H, heads = cfg.head_dim, cfg.widths("num_kv_heads")
 
@@ -119,22 +120,59 @@ def write_split(
     return LayerCache(k, v, True)
 
 
-def write(past: LayerCache, new_k_BTKH: Entries, new_v_BTKH: Entries, positions_BT: jax.Array) -> LayerCache:
-    """The same for a cache that is not split: before attention reads it."""
+def write(
+    past: LayerCache,
+    new_k_BTKH: Entries,
+    new_v_BTKH: Entries,
+    positions_BT: jax.Array,
+    first_slot: jax.Array | None = None,
+) -> LayerCache:
+    """The same for a cache that is not split: before attention reads it.
+
+    first_slot: int32 [], of a device that has a part of the slots, with T == 1: what belongs to others is left out.
+        None where it has all.
+    """
+    length = positions_BT.shape[1]
+    if first_slot is not None:
+        positions_BT -= first_slot
 
     def put(old: Entries, new: Entries) -> Entries:
         if isinstance(old, Rounded) and isinstance(new, Rounded):
-            values = _put(positions_BT, 2, old.values, new.values.swapaxes(1, 2))
-            return Rounded(values, _put(positions_BT, 3, old.scale, _slots_last(new.scale)))
-        return jax.tree.map(functools.partial(_put, positions_BT, 2), old, as_values(new))
+            return Rounded(values(old.values, new.values), scales(old.scale, new.scale[..., 0].swapaxes(1, 2)))
+        return jax.tree.map(values, old, new)
+
+    def values(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        new_BKTH = new_BTKH.swapaxes(1, 2)
+        if length > 1:
+            return lax.dynamic_update_slice_in_dim(old_BKSH, new_BKTH, positions_BT[0, 0], 2)
+        put_rows = _scatter_rows if first_slot is not None else _update_rows
+        return lax.platform_dependent(old_BKSH, new_BKTH, positions_BT[:, 0], cuda=_scatter_rows, default=put_rows)
+
+    def scales(old_BKS: jax.Array, new_BKT: jax.Array) -> jax.Array:
+        if length > 1:
+            return lax.dynamic_update_slice_in_dim(old_BKS, new_BKT, positions_BT[0, 0], 2)
+        return jnp.where(jnp.arange(old_BKS.shape[2]) == positions_BT[:, :, None], new_BKT, old_BKS)
 
     return LayerCache(put(past.k, new_k_BTKH), put(past.v, new_v_BTKH), False)
+
+
+def _update_rows(old_BKSH: jax.Array, new_BK1H: jax.Array, at_B: jax.Array) -> jax.Array:
+    """A slot of each row, row by row. A TPU does so in place; to scatter it copies an int8 cache, and in a loop any."""
+    for b in range(len(at_B)):
+        old_BKSH = lax.dynamic_update_slice(old_BKSH, new_BK1H[b : b + 1], (b, 0, at_B[b], 0))
+    return old_BKSH
+
+
+def _scatter_rows(old_BKSH: jax.Array, new_BK1H: jax.Array, at_B: jax.Array) -> jax.Array:
+    """The same; slots that lie outside are left out."""
+    at_B = jnp.where(at_B < 0, old_BKSH.shape[2], at_B)  # a negative index would count from the end
+    return old_BKSH.at[jnp.arange(len(at_B)), :, at_B].set(new_BK1H[:, :, 0], mode="drop", unique_indices=True)
 
 
 def _put(positions_BT: jax.Array, axis: int, old: jax.Array, new: jax.Array) -> jax.Array:
     """old with `new` at the slots of these positions. axis: the slots'."""
     batch, length = positions_BT.shape
     if length > 1 or batch == 1:
-        return jax.lax.dynamic_update_slice_in_dim(old, new, positions_BT[0, 0], axis)
+        return lax.dynamic_update_slice_in_dim(old, new, positions_BT[0, 0], axis)
     where = (jnp.arange(batch), *(slice(None),) * (axis - 1), positions_BT[:, 0])
     return old.at[where].set(new.squeeze(axis), mode="drop", unique_indices=True)

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
+from jaxllm import cache as kv
 from jaxllm import shard
-from jaxllm.cache import KVCache, init_cache
+from jaxllm.cache import Entries, KVCache, LayerCache, init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.hub import cache_dir
 from jaxllm.models.decoder import Decoder, residual_axes
 from jaxllm.params import Params
-from jaxllm.sample import Sampling, SamplingArrays, as_arrays, next_token
+from jaxllm.sample import Likeliest, Sampling, SamplingArrays, as_arrays, likeliest, next_token
 
 CHUNKS = (16, 64, 256)  # tokens of a prompt that one prefill call takes; the smallest that fits is used
 DONATING = ("prefill", "decode", "step")  # programs that are given the state, their second argument
@@ -163,7 +164,8 @@ class Lowering:
         self.layers = cfg.num_layers
         self._cfg, self._batch, self._part = cfg, batch, part
         self._sharded = sharded = _Shardings(cfg, mesh, rules)
-        self._decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
+        self._decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain, sharded.write)
+        self._likeliest = likeliest if mesh is None else sharded.likeliest
         split = (platform or jax.default_backend()) == "cpu"
         self._make_state = functools.partial(_start if part.predicts else init_cache, cfg, batch, self.slots, split)
         self.state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state(split, part))
@@ -200,9 +202,9 @@ class Lowering:
             return functools.partial(_run, self._decoder)
         return {
             "start": self._make_state,
-            "prefill": functools.partial(_prefill, self._decoder),
-            "decode": functools.partial(_decode, self._decoder, size),
-            "step": functools.partial(_step, self._decoder),
+            "prefill": functools.partial(_prefill, self._decoder, self._likeliest),
+            "decode": functools.partial(_decode, self._decoder, self._likeliest, size),
+            "step": functools.partial(_step, self._decoder, self._likeliest),
             "probe": functools.partial(_probe, self._decoder),
         }[kind]
 
@@ -266,12 +268,51 @@ class _Shardings:
             return None
         row = self.of("batch")
         cache = shard.cache_shardings(self.cfg, self.mesh, split, self.rules)
-        return State(cache, row, row, row, row, self.of("batch", None)) if part.predicts else cache
+        return State(cache, row, row, row, row, self.of("batch", "vocab")) if part.predicts else cache
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Pins an array with these logical axes; left free, propagation may split it and pay with collectives."""
         assert self.mesh is not None
         return lax.with_sharding_constraint(x, shard.sharding(self.mesh, self.rules, *axes))
+
+    def write(self, past: LayerCache, new_k_BTKH: Entries, new_v_BTKH: Entries, positions_BT: jax.Array) -> LayerCache:
+        """As `kv.write`. A token of each row is written by the devices that have the row, each for its own heads and
+        slots: the partitioner would send every row to all."""
+        if positions_BT.shape[1] > 1:
+            return kv.write(past, new_k_BTKH, new_v_BTKH, positions_BT)
+        slot_axes = shard.axes_of(self.rules["slots"])
+
+        def local(
+            k: Entries, v: Entries, new_k: Entries, new_v: Entries, positions: jax.Array
+        ) -> tuple[Entries, Entries]:
+            slots = jax.tree.leaves(v)[0].shape[2]
+            first_slot = lax.axis_index(slot_axes) * slots if slot_axes else None
+            written = kv.write(LayerCache(k, v, False), new_k, new_v, positions, first_slot)
+            return written.k, written.v
+
+        old, new, row = self.of("batch", "kv_heads", "slots"), self.of("batch", None, "kv_heads"), self.of("batch")
+        specs = [sharding.spec for sharding in (old, old, new, new, row)]
+        put = jax.shard_map(local, mesh=self.mesh, in_specs=tuple(specs), out_specs=(old.spec, old.spec))
+        return LayerCache(*put(past.k, past.v, new_k_BTKH, new_v_BTKH, positions_BT), split=False)
+
+    def likeliest(self, logits_BV: jax.Array) -> jax.Array:
+        """As `sample.likeliest`, with one exchange: each device gives the best of its part of the vocabulary."""
+        axes = shard.axes_of(self.rules["vocab"])
+        if not axes:
+            return likeliest(logits_BV)
+
+        def local(logits_Bv: jax.Array) -> jax.Array:
+            best_B, at_B = jnp.max(logits_Bv, axis=-1), likeliest(logits_Bv)
+            at_B += lax.axis_index(axes) * logits_Bv.shape[1]
+            both_CB2 = lax.all_gather(jnp.stack([lax.bitcast_convert_type(best_B, jnp.int32), at_B], axis=-1), axes)
+            first_B = likeliest(lax.bitcast_convert_type(both_CB2[..., 0], jnp.float32).T)
+            return both_CB2[first_B, jnp.arange(len(first_B)), 1]
+
+        row = self.of("batch").spec
+        # Every device finds the same, which the types do not say.
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=self.of("batch", "vocab").spec, out_specs=row, check_vma=False
+        )(logits_BV)
 
     def abstract(self, tree: Any, shardings: Any) -> Any:
         """The shapes and types of `tree`, with these shardings where there is a mesh."""
@@ -299,6 +340,7 @@ def _probe(decoder: Decoder, params: Params, tokens_RT: jax.Array) -> jax.Array:
 
 def _prefill(
     decoder: Decoder,
+    likeliest: Likeliest,
     params: Params,
     state: State,
     tokens_BC: jax.Array,
@@ -316,7 +358,7 @@ def _prefill(
     rows_B = jnp.arange(batch)
     seen_BV = state.seen_BV.at[rows_B[:, None], tokens_BC].max(positions_BC < lengths_B[:, None])
     ends_here_B = (last_B >= 0) & (last_B < chunk)
-    token_B = next_token(logits_B1V[:, 0], seen_BV, row_B, lengths_B, how)
+    token_B = next_token(logits_B1V[:, 0], seen_BV, row_B, lengths_B, how, likeliest)
     token_B = jnp.where(ends_here_B, token_B, state.token_B)
     state = State(
         cache=cache,
@@ -330,7 +372,13 @@ def _prefill(
 
 
 def _decode(
-    decoder: Decoder, steps: int, params: Params, state: State, limit: jax.Array, how: SamplingArrays
+    decoder: Decoder,
+    likeliest: Likeliest,
+    steps: int,
+    params: Params,
+    state: State,
+    limit: jax.Array,
+    how: SamplingArrays,
 ) -> tuple[State, jax.Array]:
     def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
         step, state, _ = carry
@@ -338,7 +386,7 @@ def _decode(
 
     def advance(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         step, state, out_BN = carry
-        state, token_B = _step(decoder, params, state, how)
+        state, token_B = _step(decoder, likeliest, params, state, how)
         return step + 1, state, lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
 
     out_BN = jnp.full((state.token_B.shape[0], steps), -1, jnp.int32)
@@ -347,13 +395,18 @@ def _decode(
 
 
 def _step(
-    decoder: Decoder, params: Params, state: State, how: SamplingArrays, x_B1D: jax.Array | None = None
+    decoder: Decoder,
+    likeliest: Likeliest,
+    params: Params,
+    state: State,
+    how: SamplingArrays,
+    x_B1D: jax.Array | None = None,
 ) -> tuple[State, jax.Array]:
     """The next token of each row; -1 where the row has ended."""
     rows_B = jnp.arange(state.token_B.shape[0])
     x = state.token_B[:, None] if x_B1D is None else x_B1D
     logits_B1V, cache = _apply(decoder, params, x, state.position_B[:, None], state.cache)
-    token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how)
+    token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how, likeliest)
     # A row that has ended stands still: it writes the same slot again, and nothing reads it.
     token_B = jnp.where(state.done_B, state.token_B, token_B)
     after = State(

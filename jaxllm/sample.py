@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MAX_STOP_TOKENS = 16
+Likeliest = Callable[[jax.Array], jax.Array]  # logits [B, V] to int32 [B]
 LEAST_TEMPERATURE = 1e-5  # what is lower, but not 0, counts as this: logits stay finite
 
 
@@ -81,20 +82,28 @@ def as_arrays(sampling: Sampling, stop_tokens: frozenset[int]) -> SamplingArrays
     )
 
 
+def likeliest(logits_BV: jax.Array) -> jax.Array:
+    """The first of the highest: int32 [B]."""
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+
 def next_token(
-    logits_BV: jax.Array, seen_BV: jax.Array, rows_B: jax.Array, positions_B: jax.Array, how: SamplingArrays
+    logits_BV: jax.Array,
+    seen_BV: jax.Array,
+    rows_B: jax.Array,
+    positions_B: jax.Array,
+    how: SamplingArrays,
+    likeliest: Likeliest = likeliest,
 ) -> jax.Array:
     """Draws int32 [B] from float32 logits.
 
     seen_BV: bool, which tokens the repetition penalty is for.
     rows_B, positions_B: which prompt it is for and where the token will stand. Chance depends on these and the seed, on
         nothing else: not on the other rows, nor on the batch, nor on how many steps a dispatch takes.
+    likeliest: the one of this module, or another that does the same over a mesh.
     """
     penalised_BV = jnp.where(logits_BV > 0, logits_BV / how.repetition_penalty, logits_BV * how.repetition_penalty)
     logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
-
-    def greedy(logits_BV: jax.Array) -> jax.Array:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
     def draw(logits_BV: jax.Array) -> jax.Array:
         kept_BV = keep_likely(
@@ -104,7 +113,7 @@ def next_token(
         keys_B = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(rows_B, positions_B)
         return jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
 
-    return jax.lax.cond(how.temperature == 0, greedy, draw, logits_BV)
+    return jax.lax.cond(how.temperature == 0, likeliest, draw, logits_BV)
 
 
 def keep_likely(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:

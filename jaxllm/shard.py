@@ -148,13 +148,18 @@ def param_shardings(cfg: ModelConfig, params: Params, mesh: Mesh, rules: Rules =
 
 
 def leaf_shardings(info: ParamInfo, leaf: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """Of a weight, or of a QArray's parts: its scales lie with its values where the mesh divides them."""
+    """Of a weight, or of a QArray's parts: its scales lie with its values where the mesh divides them.
+
+    All devices have the scales of the whole vocabulary, where a token has one: to look a token up they then add up its
+    values alone.
+    """
     values = sharding(mesh, rules, *info.axes)
     if not isinstance(leaf, QArray):
         return values
     kept = leaf.scale.ndim - 1
     chips = math.prod(mesh.shape[axis] for axis in axes_of(rules[info.axes[kept]]))
-    scale = sharding(mesh, rules, *info.axes[:kept], info.axes[kept] if leaf.groups % chips == 0 else None)
+    rows = [None if axis == "vocab" and leaf.groups == 1 else axis for axis in info.axes[:kept]]
+    scale = sharding(mesh, rules, *rows, info.axes[kept] if leaf.groups % chips == 0 else None)
     return QArray(
         values,  # pyright: ignore[reportArgumentType]
         scale,  # pyright: ignore[reportArgumentType]

@@ -14,6 +14,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.models.layers import Einsum, Embed, RMSNorm, attend, past_part, present_part, rope, rope_frequencies
 
 Constrain = Callable[..., jax.Array]  # (array, its logical axes …) -> the array, where the mesh wants it
+Write = Callable[..., LayerCache]  # as kv.write
 
 
 def _anywhere(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -28,6 +29,7 @@ def residual_axes(length: int) -> tuple[str | None, ...]:
 class Attention(nn.Module):
     cfg: ModelConfig
     constrain: Constrain = _anywhere
+    write: Write = kv.write
 
     @nn.compact
     def __call__(
@@ -58,7 +60,7 @@ class Attention(nn.Module):
             k_BTKH, v_BTKH = jax.tree.map(
                 lambda x: self.constrain(x, "batch", None, "kv_heads", None), (k_BTKH, v_BTKH)
             )
-            cache = kv.write(cache, k_BTKH, v_BTKH, positions_BT)
+            cache = self.write(cache, k_BTKH, v_BTKH, positions_BT)
             y_BTNH = attend(q_BTNH, [past_part(cache, positions_BT)], positions_BT, c.sliding_window)
         o_axes = ("embed", "heads", "head_dim")
         return Einsum("BTNH,DNH->BTD", (D, N, H), o_axes, c.dtype, name="o")(y_BTNH), cache
@@ -83,6 +85,7 @@ class Block(nn.Module):
 
     cfg: ModelConfig
     constrain: Constrain = _anywhere
+    write: Write = kv.write
 
     @nn.compact
     def __call__(
@@ -90,7 +93,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         c, axes = self.cfg, residual_axes(x_BTD.shape[1])
         normed_BTD = RMSNorm("embed", c.norm_eps, c.dtype, name="attn_norm")(x_BTD)
-        y_BTD, cache = Attention(c, self.constrain, name="attn")(
+        y_BTD, cache = Attention(c, self.constrain, self.write, name="attn")(
             self.constrain(normed_BTD, "batch", None, None), positions_BT, cache
         )
         x_BTD = self.constrain(x_BTD + y_BTD, *axes)
@@ -103,16 +106,18 @@ class Decoder(nn.Module):
     """Token ids to logits.
 
     constrain: applied to the residual stream, to what blocks read of it, and to new keys and values; a sharding
-        constraint where there is a mesh.
+        constraint where there is a mesh. write: puts new keys and values into a cache that is not split; over a mesh
+        each device does so with its own.
     """
 
     cfg: ModelConfig
     constrain: Constrain = _anywhere
+    write: Write = kv.write
 
     def setup(self):
         c = self.cfg
         self.embed = Embed(c.vocab_size, c.embed_dim, c.dtype)
-        self.layers = [Block(c.layer(i), self.constrain) for i in range(c.num_layers)]
+        self.layers = [Block(c.layer(i), self.constrain, self.write) for i in range(c.num_layers)]
         self.final_norm = RMSNorm("embed", c.norm_eps, c.dtype)
         if not c.tie_embeddings:
             shape, axes = (c.vocab_size, c.embed_dim), ("vocab", "embed")
