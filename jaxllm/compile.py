@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from jaxllm import shard
+from jaxllm import kernels, shard
+from jaxllm.arrays import Contract
 from jaxllm.cache import KVCache, init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.hub import cache_dir
@@ -109,8 +110,9 @@ def compile_programs(
 class Lowering:
     """A model's programs, traced for a batch, length and mesh: each method returns one, to be compiled.
 
-    Arguments and errors as of `compile_programs`. The mesh's devices need not be at hand. platform: "cpu" or another,
-    where no mesh tells. params and state: shapes and shardings of the first two arguments of most programs.
+    Arguments and errors as of `compile_programs`. The mesh's devices need not be at hand. platform: "cpu", "tpu" or
+    another, where no mesh tells; "any" for programs that are to run on all. params and state: shapes and shardings of
+    the first two arguments of most programs.
     """
 
     def __init__(
@@ -132,11 +134,13 @@ class Lowering:
             shard.check_mesh(cfg, mesh, batch, rules, self.slots)
             platform = mesh.devices.flat[0].platform
         self._cfg, self._batch, self._sharded = cfg, batch, (sharded := _Shardings(cfg, mesh, rules))
-        self._decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
-        split = (platform or jax.default_backend()) == "cpu"
+        platform = platform or jax.default_backend()
+        split = platform == "cpu"
         self._make_state = functools.partial(_start, cfg, batch, self.slots, split)
         self.state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state(split))
         self.params = sharded.abstract(params, sharded.params(params))
+        decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain)
+        self._model = _Model(decoder, kernels.choose(self.params, platform, shard.axes_of(rules["batch"])))
         self._probes = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in shard.axes_of(rules["batch"]))
 
     def serving(self, steps: int = STEPS) -> dict[str, Any]:
@@ -167,10 +171,10 @@ class Lowering:
         """A program before it is traced. kind: a method's name; size: its argument."""
         return {
             "start": self._make_state,
-            "prefill": functools.partial(_prefill, self._decoder),
-            "decode": functools.partial(_decode, self._decoder, size),
-            "step": functools.partial(_step, self._decoder),
-            "probe": functools.partial(_probe, self._decoder),
+            "prefill": functools.partial(_prefill, self._model),
+            "decode": functools.partial(_decode, self._model, size),
+            "step": functools.partial(_step, self._model),
+            "probe": functools.partial(_probe, self._model),
         }[kind]
 
     def signature(self, kind: str, size: int = 0) -> tuple[tuple[Any, ...], Any]:
@@ -246,17 +250,25 @@ def _start(cfg: ModelConfig, batch: int, slots: int, split: bool) -> State:
     return State(cache, zeros(), zeros(), zeros(), zeros(dtype=bool), zeros(cfg.vocab_size, dtype=bool))
 
 
-def _apply(decoder: Decoder, params: Params, *args: jax.Array | KVCache) -> tuple[jax.Array, Any]:
-    return decoder.apply({"params": params}, *args)  # pyright: ignore[reportReturnType]
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """A decoder, and the kernels that contract its weights on the platform that it is traced for."""
+
+    decoder: Decoder
+    kernels: Mapping[str, Contract]
+
+    def __call__(self, params: Params, *args: jax.Array | KVCache) -> tuple[jax.Array, Any]:
+        params = kernels.equip(params, self.kernels)
+        return self.decoder.apply({"params": params}, *args)  # pyright: ignore[reportReturnType]
 
 
-def _probe(decoder: Decoder, params: Params, tokens_RT: jax.Array) -> jax.Array:
+def _probe(model: _Model, params: Params, tokens_RT: jax.Array) -> jax.Array:
     positions_RT = jnp.broadcast_to(jnp.arange(tokens_RT.shape[1]), tokens_RT.shape)
-    return _apply(decoder, params, tokens_RT, positions_RT)[0]
+    return model(params, tokens_RT, positions_RT)[0]
 
 
 def _prefill(
-    decoder: Decoder,
+    model: _Model,
     params: Params,
     state: State,
     tokens_BC: jax.Array,
@@ -268,7 +280,7 @@ def _prefill(
     batch, chunk = tokens_BC.shape
     positions_BC = jnp.broadcast_to(start + jnp.arange(chunk), (batch, chunk))
     last_B = lengths_B - 1 - start
-    logits_B1V, cache = _apply(decoder, params, tokens_BC, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1))
+    logits_B1V, cache = model(params, tokens_BC, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1))
     rows_B = jnp.arange(batch)
     seen_BV = state.seen_BV.at[rows_B[:, None], tokens_BC].max(positions_BC < lengths_B[:, None])
     ends_here_B = (last_B >= 0) & (last_B < chunk)
@@ -286,7 +298,7 @@ def _prefill(
 
 
 def _decode(
-    decoder: Decoder, steps: int, params: Params, state: State, limit: jax.Array, how: SamplingArrays
+    model: _Model, steps: int, params: Params, state: State, limit: jax.Array, how: SamplingArrays
 ) -> tuple[State, jax.Array]:
     def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
         step, state, _ = carry
@@ -294,7 +306,7 @@ def _decode(
 
     def advance(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         step, state, out_BN = carry
-        state, token_B = _step(decoder, params, state, how)
+        state, token_B = _step(model, params, state, how)
         return step + 1, state, lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
 
     out_BN = jnp.full((state.token_B.shape[0], steps), -1, jnp.int32)
@@ -302,10 +314,10 @@ def _decode(
     return state, out_BN
 
 
-def _step(decoder: Decoder, params: Params, state: State, how: SamplingArrays) -> tuple[State, jax.Array]:
+def _step(model: _Model, params: Params, state: State, how: SamplingArrays) -> tuple[State, jax.Array]:
     """The next token of each row; -1 where the row has ended."""
     rows_B = jnp.arange(state.token_B.shape[0])
-    logits_B1V, cache = _apply(decoder, params, state.token_B[:, None], state.position_B[:, None], state.cache)
+    logits_B1V, cache = model(params, state.token_B[:, None], state.position_B[:, None], state.cache)
     token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how)
     # A row that has ended stands still: it writes the same slot again, and nothing reads it.
     token_B = jnp.where(state.done_B, state.token_B, token_B)

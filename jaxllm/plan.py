@@ -101,8 +101,8 @@ class Candidate:
 
     fits: whether arguments, temporaries and program go into hbm_bytes. reason: why not; "" where it does.
     step_ms: of a decode step with a full cache, one token for each sequence. The low end is the roofline: what memory,
-        matmul units or links need at their peak. The high end takes the compiler's cycles and a delay for each
-        collective. bottleneck: what makes the low end.
+        matmul units or links need at their peak. The high end takes the compiler's cycles, of kernels their roofline,
+        and a delay for each collective. bottleneck: what makes the low end.
     ttft_ms: of `prompt_tokens`, all sequences of the batch at once.
     tokens_per_s: of all sequences together. cost: for a million new tokens, at a price for a chip and hour.
     largest_batch: at this context, estimated from what a sequence more takes.
@@ -275,7 +275,9 @@ def interval(program: Program, target: Target) -> tuple[float, float, str]:
     bottleneck = max(low, key=low.__getitem__)
     hops = 2 * sum(size // 2 for size in target.grid if size > 1)  # there and back around a ring, both ways at once
     waiting = sum(program.high.collectives.values()) * hops * HOP_S
-    most = max(program.high.cycles / chip.clock_hz, high["memory"], high["matmul"]) + 2 * high["links"] + waiting
+    kernels = max(program.high.kernel_bytes / chip.memory_bytes_per_s, program.high.kernel_flops / chip.flops)
+    cycles = program.high.cycles / chip.clock_hz + kernels
+    most = max(cycles, high["memory"], high["matmul"]) + 2 * high["links"] + waiting
     return low[bottleneck], most, bottleneck
 
 
