@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def choose(params: Params, platform: str, batch: Sequence[str] = ()) -> dict[str, Contract]:
-    """{path: kernel} of the weights that have one on a platform; XLA contracts the others. A line of the log says which.
+    """{path: kernel} of the weights that have one on a platform; XLA contracts the others. A line of the log tells.
 
     params: shapes are enough; with shardings where there is a mesh. batch: the axes of the mesh that split the batch;
     what they split of a weight is gathered, as XLA would.

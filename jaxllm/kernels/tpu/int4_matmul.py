@@ -1,7 +1,7 @@
 """Activations times int4 weights with a scale for each group, on TPU: weights are read once and made float on the chip.
 
-Where XLA falls short: to sum group by group it views [N, K] as [N, G, g], which lies in other tiles, and lays the weight
-out anew in every step; by its own estimate that takes ten times what the matmul does. Here tiles stay as they are.
+Where XLA falls short: to sum group by group it views [N, K] as [N, G, g], which lies in other tiles, and lays the
+weight out anew in every step; by its own estimate that takes ten times what the matmul does. Here tiles stay.
 
 The twin is `arrays._contract`, which takes and gives the same.
 """
@@ -150,7 +150,7 @@ def _kernel(
 
 
 def _sum_by_group(group: int, x_ref: Any, w_ref: Any, scale_GN: jax.Array) -> jax.Array:
-    """Scales each group's sum. Groups of one tile share a matmul: x is repeated, with 0 for what the others contract."""
+    """Scales each group's sum. Groups of one tile share a matmul: x is repeated, with 0 in the others' columns."""
     (M, K), N, per_tile = x_ref.shape, scale_GN.shape[1], max(1, LANES // group)
     # Rows of scales can be loaded from a place that a loop gives where they are a whole tile's.
     columns = WORD * LANES if K % (WORD * LANES) == 0 and group <= LANES else K
