@@ -78,8 +78,9 @@ def _dequantize(values_nGg: jax.Array, scale_nG: jax.Array, zero_point_nG: jax.A
     return values_nGg * scale_nG[..., None].astype(jnp.float32)
 
 
-def take(w: Weight, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
+def take(w: Weight | Fast, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Looks up rows of an embedding [V, D]: [..., D] in `dtype`."""
+    w = w.weight if isinstance(w, Fast) else w
     if isinstance(w, QArray):
         # Rows first: a dequantised table would be a float copy of the whole weight.
         zero_point = None if w.zero_point is None else w.zero_point[rows]
@@ -95,7 +96,7 @@ def _rows(values: jax.Array, rows: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(values, jnp.uint8)[rows], values.dtype)
 
 
-def einsum(eqn: str, x: jax.Array, w: Weight | Tap, dtype: DTypeLike | None = None) -> jax.Array:
+def einsum(eqn: str, x: jax.Array, w: Weight | Tap | Fast, dtype: DTypeLike | None = None) -> jax.Array:
     """Contracts activations with a weight of any kind.
 
     eqn: "bK,nK->bn", where b, n and K are groups of axes: the weight's contracted axes K come last in both operands
@@ -112,11 +113,15 @@ def einsum(eqn: str, x: jax.Array, w: Weight | Tap, dtype: DTypeLike | None = No
     if x.shape[x.ndim - contracted :] != w.shape[len(w.shape) - contracted :]:
         raise ValueError(f"einsum {eqn!r}: {x.shape} does not contract with {w.shape}.")
     out = jnp.dtype(dtype or x.dtype)
+    kernels = {}
+    if isinstance(w, Fast):
+        kernels, w = {w.platform: functools.partial(w.contract, contracted, out=out)}, w.weight
     y = lax.platform_dependent(
         x,
         w,
         cpu=functools.partial(_contract_cpu, contracted),
         default=functools.partial(_contract, contracted, out=out),
+        **kernels,
     )
     return y.astype(out)
 
@@ -144,22 +149,22 @@ def _contract(contracted: int, x: jax.Array, w: Weight, out: DTypeLike = jnp.flo
         axes = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(w.ndim - contracted, w.ndim))
         return lax.dot_general(x, w, (axes, ((), ())), preferred_element_type=out).astype(jnp.float32)
     batch, kept = x.shape[: x.ndim - contracted], w.shape[: len(w.shape) - contracted]
-    x_MK, flat = x.reshape(math.prod(batch), -1), _flat(w)
+    x_MK, flat = x.reshape(math.prod(batch), -1), as_matrix(w)
     if w.int8_inputs:
         return _int8_dot(x_MK, flat).reshape(*batch, *kept)
     if w.groups == 1:
         y_MN = _dot(x_MK, flat.values.astype(x.dtype), out).astype(jnp.float32) * _row(flat.scale)
-        return _shift(y_MN, x_MK, flat).reshape(*batch, *kept)
+        return shift(y_MN, x_MK, flat).reshape(*batch, *kept)
     # The scale multiplies each group's partial sum: scaling the weight would write a float copy of it.
     x_GMg = x_MK.reshape(x_MK.shape[0], w.groups, -1).transpose(1, 0, 2)
     values_NGg = flat.values.reshape(flat.shape[0], w.groups, -1).astype(x.dtype)
     y_GMN = lax.dot_general(x_GMg, values_NGg, (((2,), (2,)), ((0,), (1,))), preferred_element_type=jnp.float32)
     scale_NG = flat.scale.astype(jnp.float32)
     y_MN = jnp.einsum("GMN,NG->MN", y_GMN, scale_NG, preferred_element_type=out).astype(jnp.float32)
-    return _shift(y_MN, x_MK, flat).reshape(*batch, *kept)
+    return shift(y_MN, x_MK, flat).reshape(*batch, *kept)
 
 
-def _flat(w: QArray) -> QArray:
+def as_matrix(w: QArray) -> QArray:
     """The same weight as [N, K]."""
     rows = math.prod(w.scale.shape[:-1])
     zero_point = None if w.zero_point is None else w.zero_point.reshape(rows, -1)
@@ -170,7 +175,7 @@ def _row(scale_N1: jax.Array) -> jax.Array:
     return scale_N1.reshape(1, -1).astype(jnp.float32)
 
 
-def _shift(y_MN: jax.Array, x_MK: jax.Array, w: QArray) -> jax.Array:
+def shift(y_MN: jax.Array, x_MK: jax.Array, w: QArray) -> jax.Array:
     """Takes the zero points' part out of a contraction with the values alone."""
     if w.zero_point is None:
         return y_MN
@@ -188,7 +193,7 @@ def _int8_dot(x_MK: jax.Array, w: QArray) -> jax.Array:
     step = _step(x_MK) if w.x_scale is None else w.x_scale.reshape(1, 1)
     rounded_MK = jnp.clip(jnp.round(x_MK / step), -INT8_MAX, INT8_MAX).astype(jnp.int8)
     y_MN = _dot(rounded_MK, w.values.astype(jnp.int8), jnp.int32).astype(jnp.float32) * _row(w.scale)
-    return _shift(y_MN, rounded_MK, w) * step
+    return shift(y_MN, rounded_MK, w) * step
 
 
 def _step(x_MK: jax.Array) -> jax.Array:
@@ -208,7 +213,7 @@ def _contract_cpu(contracted: int, x: jax.Array, w: Weight) -> jax.Array:
     batch = x.shape[: x.ndim - contracted]
     x_MK = x.reshape(math.prod(batch), -1)
     if isinstance(w, QArray):
-        y_MN = _contract_quantised_cpu(x_MK.astype(jnp.float32), _flat(w))
+        y_MN = _contract_quantised_cpu(x_MK.astype(jnp.float32), as_matrix(w))
     elif x.dtype != jnp.float32 and x_MK.shape[0] == 1:
         y_MN = _dot(jnp.concatenate([x_MK, x_MK]), w.reshape(math.prod(kept), -1))[:1]
     else:
@@ -222,7 +227,7 @@ def _contract_quantised_cpu(x_MK: jax.Array, w: QArray) -> jax.Array:
         return _int8_dot(jnp.concatenate([x_MK, x_MK]) if rows == 1 else x_MK, w)[:rows]
     if w.groups > 1 or w.values.dtype == jnp.float8_e4m3fn or rows > _SPLIT_MAX_ROWS:
         return _blocked_dot(x_MK, w)
-    return _shift(_split_dot(x_MK, w.values.astype(jnp.int8)) * _row(w.scale), x_MK, w)
+    return shift(_split_dot(x_MK, w.values.astype(jnp.int8)) * _row(w.scale), x_MK, w)
 
 
 def _split_dot(x_MK: jax.Array, w_NK: jax.Array) -> jax.Array:
@@ -269,3 +274,22 @@ class Tap:
 
 
 jax.tree_util.register_dataclass(Tap, data_fields=["weight"], meta_fields=["record"])
+
+
+Contract = Callable[..., jax.Array]  # (how many axes are contracted, x, w, out=) -> float32 [b..., n...]; as _contract
+
+
+@dataclasses.dataclass(frozen=True)
+class Fast:
+    """A weight with a kernel that contracts it in XLA's place on one platform; see `kernels`."""
+
+    weight: QArray
+    contract: Contract
+    platform: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+
+jax.tree_util.register_dataclass(Fast, data_fields=["weight"], meta_fields=["contract", "platform"])

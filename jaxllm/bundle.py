@@ -140,7 +140,7 @@ def portable(reader: Reader, spec: Spec) -> dict[str, bytes]:
     as "state/position_B", the rest by the names in compile.py; and gives "state/…" and "tokens".
     """
     assert reader.shapes is not None
-    lowering = Lowering(reader.cfg, unflatten(reader.shapes), spec.batch, spec.max_len, None, platform="tpu")
+    lowering = Lowering(reader.cfg, unflatten(reader.shapes), spec.batch, spec.max_len, None, platform="any")
 
     def one(name: str) -> bytes:
         kind, size = parse(name)

@@ -15,7 +15,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from jaxllm import cache as kv
-from jaxllm import shard
+from jaxllm import kernels, shard
+from jaxllm.arrays import Contract
 from jaxllm.cache import Entries, KVCache, LayerCache, init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.hub import cache_dir
@@ -135,8 +136,9 @@ def cache_slots(max_len: int) -> int:
 class Lowering:
     """A model's programs, traced for a batch, length and mesh: each method returns one, to be compiled.
 
-    Arguments and errors as of `compile_programs`. The mesh's devices need not be at hand. platform: "cpu" or another,
-    where no mesh tells. params and state: shapes and shardings of the first two arguments of most programs.
+    Arguments and errors as of `compile_programs`. The mesh's devices need not be at hand. platform: "cpu", "tpu" or
+    another, where no mesh tells; "any" for programs that are to run on all. params and state: shapes and shardings of
+    the first two arguments of most programs.
 
     part: of a model split in stages, of which cfg and params are then one. A program that does not predict is
     (params, cache, x, position_B) -> (cache, residual stream [B, T, D]), its state a KVCache: x are tokens or the
@@ -164,12 +166,14 @@ class Lowering:
         self.layers = cfg.num_layers
         self._cfg, self._batch, self._part = cfg, batch, part
         self._sharded = sharded = _Shardings(cfg, mesh, rules)
-        self._decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain, sharded.write)
-        self._likeliest = likeliest if mesh is None else sharded.likeliest
-        split = (platform or jax.default_backend()) == "cpu"
+        platform = platform or jax.default_backend()
+        split = platform == "cpu"
         self._make_state = functools.partial(_start if part.predicts else init_cache, cfg, batch, self.slots, split)
         self.state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state(split, part))
         self.params = sharded.abstract(params, sharded.params(params))
+        decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain, sharded.write)
+        fast = kernels.choose(self.params, platform, shard.axes_of(rules["batch"]))
+        self._model = _Model(decoder, fast, likeliest if mesh is None else sharded.likeliest)
         self._probes = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in shard.axes_of(rules["batch"]))
 
     def serving(self, steps: int = STEPS) -> dict[str, Any]:
@@ -199,13 +203,13 @@ class Lowering:
     def function(self, kind: str, size: int = 0) -> Callable[..., Any]:
         """A program before it is traced. kind: a method's name; size: its argument."""
         if not self._part.predicts and kind != "start":
-            return functools.partial(_run, self._decoder)
+            return functools.partial(_run, self._model)
         return {
             "start": self._make_state,
-            "prefill": functools.partial(_prefill, self._decoder, self._likeliest),
-            "decode": functools.partial(_decode, self._decoder, self._likeliest, size),
-            "step": functools.partial(_step, self._decoder, self._likeliest),
-            "probe": functools.partial(_probe, self._decoder),
+            "prefill": functools.partial(_prefill, self._model),
+            "decode": functools.partial(_decode, self._model, size),
+            "step": functools.partial(_step, self._model),
+            "probe": functools.partial(_probe, self._model),
         }[kind]
 
     def signature(self, kind: str, size: int = 0) -> tuple[tuple[Any, ...], Any]:
@@ -329,18 +333,29 @@ def _start(cfg: ModelConfig, batch: int, slots: int, split: bool) -> State:
     return State(cache, zeros(), zeros(), zeros(), zeros(dtype=bool), zeros(cfg.vocab_size, dtype=bool))
 
 
-def _apply(decoder: Decoder, params: Params, *args: jax.Array | KVCache) -> tuple[jax.Array, Any]:
-    return decoder.apply({"params": params}, *args)  # pyright: ignore[reportReturnType]
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """A decoder, and what stands for parts of it on the platform and mesh that it is traced for.
+
+    kernels: that contract its weights. likeliest: as of `next_token`.
+    """
+
+    decoder: Decoder
+    kernels: Mapping[str, Contract]
+    likeliest: Likeliest
+
+    def __call__(self, params: Params, *args: jax.Array | KVCache, method: str | None = None) -> tuple[jax.Array, Any]:
+        params = kernels.equip(params, self.kernels)
+        return self.decoder.apply({"params": params}, *args, method=method)  # pyright: ignore[reportReturnType]
 
 
-def _probe(decoder: Decoder, params: Params, tokens_RT: jax.Array) -> jax.Array:
+def _probe(model: _Model, params: Params, tokens_RT: jax.Array) -> jax.Array:
     positions_RT = jnp.broadcast_to(jnp.arange(tokens_RT.shape[1]), tokens_RT.shape)
-    return _apply(decoder, params, tokens_RT, positions_RT)[0]
+    return model(params, tokens_RT, positions_RT)[0]
 
 
 def _prefill(
-    decoder: Decoder,
-    likeliest: Likeliest,
+    model: _Model,
     params: Params,
     state: State,
     tokens_BC: jax.Array,
@@ -354,11 +369,11 @@ def _prefill(
     positions_BC = jnp.broadcast_to(start + jnp.arange(chunk), (batch, chunk))
     last_B = lengths_B - 1 - start
     x = tokens_BC if x_BCD is None else x_BCD
-    logits_B1V, cache = _apply(decoder, params, x, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1))
+    logits_B1V, cache = model(params, x, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1))
     rows_B = jnp.arange(batch)
     seen_BV = state.seen_BV.at[rows_B[:, None], tokens_BC].max(positions_BC < lengths_B[:, None])
     ends_here_B = (last_B >= 0) & (last_B < chunk)
-    token_B = next_token(logits_B1V[:, 0], seen_BV, row_B, lengths_B, how, likeliest)
+    token_B = next_token(logits_B1V[:, 0], seen_BV, row_B, lengths_B, how, model.likeliest)
     token_B = jnp.where(ends_here_B, token_B, state.token_B)
     state = State(
         cache=cache,
@@ -372,13 +387,7 @@ def _prefill(
 
 
 def _decode(
-    decoder: Decoder,
-    likeliest: Likeliest,
-    steps: int,
-    params: Params,
-    state: State,
-    limit: jax.Array,
-    how: SamplingArrays,
+    model: _Model, steps: int, params: Params, state: State, limit: jax.Array, how: SamplingArrays
 ) -> tuple[State, jax.Array]:
     def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
         step, state, _ = carry
@@ -386,7 +395,7 @@ def _decode(
 
     def advance(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
         step, state, out_BN = carry
-        state, token_B = _step(decoder, likeliest, params, state, how)
+        state, token_B = _step(model, params, state, how)
         return step + 1, state, lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
 
     out_BN = jnp.full((state.token_B.shape[0], steps), -1, jnp.int32)
@@ -395,18 +404,13 @@ def _decode(
 
 
 def _step(
-    decoder: Decoder,
-    likeliest: Likeliest,
-    params: Params,
-    state: State,
-    how: SamplingArrays,
-    x_B1D: jax.Array | None = None,
+    model: _Model, params: Params, state: State, how: SamplingArrays, x_B1D: jax.Array | None = None
 ) -> tuple[State, jax.Array]:
     """The next token of each row; -1 where the row has ended."""
     rows_B = jnp.arange(state.token_B.shape[0])
     x = state.token_B[:, None] if x_B1D is None else x_B1D
-    logits_B1V, cache = _apply(decoder, params, x, state.position_B[:, None], state.cache)
-    token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how, likeliest)
+    logits_B1V, cache = model(params, x, state.position_B[:, None], state.cache)
+    token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how, model.likeliest)
     # A row that has ended stands still: it writes the same slot again, and nothing reads it.
     token_B = jnp.where(state.done_B, state.token_B, token_B)
     after = State(
@@ -421,10 +425,10 @@ def _step(
 
 
 def _run(
-    decoder: Decoder, params: Params, cache: KVCache, x: jax.Array, position_B: jax.Array
+    model: _Model, params: Params, cache: KVCache, x: jax.Array, position_B: jax.Array
 ) -> tuple[KVCache, jax.Array]:
     """Layers whose result others go on with. x: tokens, [B] or [B, T], or the residual stream [B, T, D]."""
     x = x[:, None] if x.ndim == 1 else x
     positions_BT = position_B[:, None] + jnp.arange(x.shape[1])[None]
-    x_BTD, cache = decoder.apply({"params": params}, x, positions_BT, cache, method="run")  # pyright: ignore
+    x_BTD, cache = model(params, x, positions_BT, cache, method="run")
     return cache, x_BTD

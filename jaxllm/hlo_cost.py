@@ -31,7 +31,8 @@ class Cost:
     memory_bytes: read and written in HBM. copied_bytes: those of them that only move or transpose.
     flops: of matmuls. int8_flops: those of them with two int8 operands. cycles: the compiler's estimates added up.
     collectives: how many of each kind. collective_bytes: of their results. wire_bytes: that a device sends for them,
-        by ring algorithms.
+        by ring algorithms. kernel_bytes, kernel_flops: what kernels say that they move and compute; of their cycles the
+        compiler has no estimate.
     """
 
     memory_bytes: float = 0.0
@@ -41,6 +42,8 @@ class Cost:
     cycles: float = 0.0
     collective_bytes: float = 0.0
     wire_bytes: float = 0.0
+    kernel_bytes: float = 0.0
+    kernel_flops: float = 0.0
     collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: Cost) -> Cost:
@@ -139,6 +142,9 @@ def _cost_of(module: Module, i: Instruction, body: Computation) -> Cost:
             moved += operand.shapes[0].memory_bytes(touched)
     moved += sum(shape.memory_bytes(size) for shape, size in written(module, i, body))
     flops, int8_flops = _flops(module, i, body)
+    if said := re.search(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"', i.rest):
+        flops, kernel_bytes = float(said[1]), float(said[2])
+        return Cost(moved, flops=flops, kernel_bytes=kernel_bytes, kernel_flops=flops)
     return Cost(moved, moved if moves_only(module, i) else 0, flops, int8_flops, i.cycles)
 
 

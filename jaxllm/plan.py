@@ -59,9 +59,9 @@ class Candidate:
 
     fits: whether arguments, temporaries and program go into hbm_bytes. reason: why not; "" where it does.
     step_ms: of a decode step with a full cache, one token for each sequence. The low end is the roofline: what memory,
-        matmul units or links need at their peak. The high end takes the compiler's cycles and a delay for each
-        collective. bottleneck: what makes the low end. With stages it is the sum of their times and transfers, for a
-        group; or what the slowest stage takes for all groups, where that is more.
+        matmul units or links need at their peak. The high end takes the compiler's cycles, of kernels their roofline,
+        and a delay for each collective. bottleneck: what makes the low end. With stages it is the sum of their times
+        and transfers, for a group; or what the slowest stage takes for all groups, where that is more.
     ttft_ms: of `prompt_tokens`, all sequences of the batch at once.
     tokens_per_s: of all sequences together. cost: for a million new tokens, at a price for a chip and hour.
     largest_batch: at this context, estimated from what a sequence more takes.

@@ -126,7 +126,9 @@ def interval(program: Program, target: Target) -> tuple[float, float, str]:
     hops = 2 * sum(size // 2 for size in target.grid if size > 1)  # there and back around a ring, both ways at once
     counts = program.high.collectives.items()
     waiting = sum(count * (1 if kind == "collective-permute" else hops) for kind, count in counts) * HOP_S
-    most = max(program.high.cycles / chip.clock_hz, high["memory"], high["matmul"]) + 2 * high["links"] + waiting
+    kernels = max(program.high.kernel_bytes / chip.memory_bytes_per_s, program.high.kernel_flops / chip.flops)
+    cycles = program.high.cycles / chip.clock_hz + kernels
+    most = max(cycles, high["memory"], high["matmul"]) + 2 * high["links"] + waiting
     return low[bottleneck], most, bottleneck
 
 
