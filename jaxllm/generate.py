@@ -289,11 +289,13 @@ def compile(
     """Compiles a model for generation and puts its weights on the devices.
 
     batch: prompts that run together. max_len: tokens of prompt and answer; by default 2048 or what the model was
-    trained for, if that is less. mesh: from `make_mesh`; None for one device. rules: what the mesh's axes split:
-    `shard.RULES`, tensor parallel; `shard.SEQUENCE_PARALLEL`, the cache of devices that share KV heads as well;
-    `shard.FULLY_SHARDED`, the weights also over the batch's devices.
+    trained for, if that is less. mesh: from `make_mesh`; None for one device; one with stages has a run of layers on
+    each run of devices, and the batch goes through them in groups. rules: what the mesh's axes split: `shard.RULES`,
+    tensor parallel; `shard.SCATTER`, the residual stream of prefill too; `shard.SEQUENCE_PARALLEL`, the cache of those
+    that share KV heads; `shard.FULLY_SHARDED`, the weights also over the batch's devices.
 
-    Raises ValueError when max_len is more than the model was trained for or the mesh does not divide the model.
+    Raises ValueError when max_len is more than the model was trained for, the mesh does not divide the model, or it has
+    more stages than the model has layers.
     """
     max_len = choose_max_len(lm.cfg, max_len)
     params = lm.params
