@@ -296,21 +296,24 @@ def compile(
     """Compiles a model for generation and puts its weights on the devices.
 
     batch: prompts that run together. max_len: tokens of prompt and answer; by default 2048 or what the model was
-    trained for, if that is less. mesh: from `make_mesh`; None for one device. rules: what the mesh's axes split:
-    `shard.RULES`, tensor parallel; `shard.SEQUENCE_PARALLEL`, the cache of devices that share KV heads as well;
-    `shard.FULLY_SHARDED`, the weights also over the batch's devices.
+    trained for, if that is less. mesh: from `make_mesh`; None for one device; one with stages has a run of layers on
+    each run of devices, and the batch goes through them in groups. rules: what the mesh's axes split: `shard.RULES`,
+    tensor parallel; `shard.SCATTER`, the residual stream of prefill too; `shard.SEQUENCE_PARALLEL`, the cache of those
+    that share KV heads; `shard.FULLY_SHARDED`, the weights also over the batch's devices.
 
     A mesh may have devices of several processes (`hosts.join`). Each then has to compile the same and ask the same of
     the engine, at the same time, and gets the same answers.
 
-    Raises ValueError when max_len is more than the model was trained for or the mesh does not divide the model,
-    or where processes want different things.
+    Raises ValueError when max_len is more than the model was trained for, the mesh does not divide the model, it has
+    more stages than the model has layers, or stages of several processes, or where processes want different things.
     """
     max_len = choose_max_len(lm.cfg, max_len)
     if shard.across_hosts(mesh):
         hosts.require_same("the model, batch, length, mesh or rules", (lm.cfg, lm.ledger, batch, max_len, mesh, rules))
     params = storable(lm.params, mesh)
     if mesh is not None and mesh.shape.get("stages", 1) > 1:
+        if shard.across_hosts(mesh):
+            raise ValueError("The mesh has stages and devices of several processes; stages are for one. Leave one out.")
         programs = stages.compile_stages(lm.cfg, params, batch, max_len, mesh, rules=rules)
         params = stages.put(lm.cfg, params, mesh, rules)
     else:

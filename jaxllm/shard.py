@@ -39,7 +39,6 @@ RULES: Rules = {
 # gathered where it is read (Korthikanti et al. 2022, but by its width instead of by tokens). As many bytes as the sums,
 # and the norms' work is divided. In a decode step ("residual_step") more collectives would only wait longer.
 SCATTER: Rules = {**RULES, "residual": ("model", "share")}
-
 # The cache of chips that share KV heads is split by its slots, instead of each holding all of it.
 SEQUENCE_PARALLEL: Rules = {**RULES, "slots": "share"}
 # Weights are split over the batch's chips as well (Rajbhandari et al. 2020), and gathered where they are used.
