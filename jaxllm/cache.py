@@ -151,7 +151,7 @@ def write(
     def scales(old_BKS: jax.Array, new_BKT: jax.Array) -> jax.Array:
         if length > 1:
             return lax.dynamic_update_slice_in_dim(old_BKS, new_BKT, positions_BT[0, 0], 2)
-        return jnp.where(jnp.arange(old_BKS.shape[2]) == positions_BT[:, :, None], new_BKT, old_BKS)
+        return jnp.where(jnp.arange(old_BKS.shape[2])[None, None] == positions_BT[:, :, None], new_BKT, old_BKS)
 
     return LayerCache(put(past.k, new_k_BTKH), put(past.v, new_v_BTKH), False)
 
