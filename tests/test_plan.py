@@ -147,6 +147,8 @@ def program(**changes):
 def test_the_interval_runs_from_the_roofline_to_the_cycles():
     low, high, bottleneck = prediction.interval(program(), targets.parse("v5e"))
     assert (low, high, bottleneck) == (pytest.approx(1e-3), pytest.approx(2e-3), "memory")
+    _, high, _ = plan.interval(program(kernel_bytes=0.82e9, kernel_flops=1.97e9), targets.parse("v5e"))
+    assert high == pytest.approx(3e-3)  # of kernels the compiler has no cycles: their roofline comes on top
     slow_links = program(wire_bytes=0.9e9, collectives={"all-reduce": 2})
     low, high, bottleneck = prediction.interval(slow_links, targets.parse("v5e:2x2"))
     assert (low, bottleneck) == (pytest.approx(0.9e9 / (4 * 45e9)), "links")

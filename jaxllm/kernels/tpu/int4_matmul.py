@@ -27,8 +27,8 @@ LANES = 128  # columns of a weight that are taken at a time: a tile's, and a mat
 WORD = 8  # int4 values in 32 bits
 _GROUPS = (32, 64)  # besides multiples of LANES
 _ROWS = 512  # of x at a time
-_X_BLOCK = 1 << 21  # elements of x that are on the chip at a time
-_N_BLOCKS = (512, 384, 256, 128)
+_BLOCK = 1 << 21  # elements of x, and of w, that are on the chip at a time, twice
+_N_BLOCKS = (512, 384, 256, LANES)  # rows of w
 _K_BLOCK = 2048  # columns at a time, where groups allow it
 _K_WHOLE = 16384  # columns that may be taken at once where they do not
 
@@ -95,8 +95,8 @@ def _matmul(x_MK: jax.Array, values: jax.Array, scale_NG: jax.Array, out: jnp.dt
     (M, K), (N, groups) = x_MK.shape, scale_NG.shape
     group = K // groups
     k_block = _k_block(K, group, values.ndim - 1)
-    n_block = next(size for size in _N_BLOCKS if N % size == 0)
-    most = min(_ROWS, 1 << (_X_BLOCK // k_block).bit_length() - 1)
+    n_block = next(size for size in _N_BLOCKS if N % size == 0 and (size * k_block <= _BLOCK or size == LANES))
+    most = min(_ROWS, 1 << (_BLOCK // k_block).bit_length() - 1)
     m_block = min(most, -(-M // 8) * 8)
     padded_MK = jnp.pad(x_MK, ((0, -M % m_block), (0, 0)))
     w_block = (n_block, k_block) if values.ndim == 2 else (n_block, k_block // LANES, LANES)
@@ -119,7 +119,8 @@ def _matmul(x_MK: jax.Array, values: jax.Array, scale_NG: jax.Array, out: jnp.dt
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * M * N * K,
-            bytes_accessed=x_MK.nbytes * (N // n_block) + (N * K // 2 + scale.nbytes) * (-(-M // m_block)),
+            bytes_accessed=x_MK.nbytes * (N // n_block if k_block < K else 1)
+            + (N * K // 2 + scale.nbytes) * (padded_MK.shape[0] // m_block),
             transcendentals=0,
         ),
         name="int4_matmul",
