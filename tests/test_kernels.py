@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm import arrays, contracts, formats, hlo, hlo_cost, kernels, plan, shard, targets
+from jaxllm import arrays, contracts, formats, hlo, hlo_cost, kernels, prediction, shard, targets
 from jaxllm.compile import Lowering
 from jaxllm.kernels.tpu import int4_matmul
 from jaxllm.kernels.tpu import ragged_paged_attention as paged
@@ -180,7 +180,7 @@ def kernels_in(compiled):
 )
 def test_programs_for_tpus_contract_int4_by_the_kernel_and_copy_no_weight(target, sizes, format, program):
     mesh = shard.make_mesh(*sizes, devices=targets.parse(target).devices())
-    lower = Lowering(CONFIG, plan.abstract_params(CONFIG, format), 8, 256, mesh)
+    lower = Lowering(CONFIG, prediction.abstract_params(CONFIG, format), 8, 256, mesh)
     with targets.uncached():
         compiled = (lower.step() if program == "step" else lower.prefill(16)).compile()
     found = kernels_in(compiled)
