@@ -81,12 +81,23 @@ def _dequantize(values_nGg: jax.Array, scale_nG: jax.Array, zero_point_nG: jax.A
 def take(w: Weight | Fast, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Looks up rows of an embedding [V, D]: [..., D] in `dtype`."""
     w = w.weight if isinstance(w, Fast) else w
+    look_up = functools.partial(_look_up, dtype=dtype)
+    return lax.platform_dependent(w, rows, tpu=functools.partial(_look_up_tpu, dtype=dtype), default=look_up)
+
+
+def _look_up(w: Weight, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
     if isinstance(w, QArray):
         # Rows first: a dequantised table would be a float copy of the whole weight.
         zero_point = None if w.zero_point is None else w.zero_point[rows]
         values = _rows(w.values, rows).reshape(*rows.shape, w.groups, -1)
         return _dequantize(values, w.scale[rows], zero_point).reshape(*rows.shape, -1).astype(dtype)
     return w[rows].astype(dtype)
+
+
+def _look_up_tpu(w: Weight, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Of one row alone XLA would lay the whole of an int8 table out anew."""
+    length = rows.shape[-1]
+    return _look_up(w, _fill(rows, rows.ndim - 1), dtype)[..., :length, :]
 
 
 def _rows(values: jax.Array, rows: jax.Array) -> jax.Array:
@@ -113,16 +124,13 @@ def einsum(eqn: str, x: jax.Array, w: Weight | Tap | Fast, dtype: DTypeLike | No
     if x.shape[x.ndim - contracted :] != w.shape[len(w.shape) - contracted :]:
         raise ValueError(f"einsum {eqn!r}: {x.shape} does not contract with {w.shape}.")
     out = jnp.dtype(dtype or x.dtype)
-    kernels = {}
+    here = {
+        "cpu": functools.partial(_contract_cpu, contracted),
+        "tpu": functools.partial(_contract_tpu, contracted, out=out),
+    }
     if isinstance(w, Fast):
-        kernels, w = {w.platform: functools.partial(w.contract, contracted, out=out)}, w.weight
-    y = lax.platform_dependent(
-        x,
-        w,
-        cpu=functools.partial(_contract_cpu, contracted),
-        default=functools.partial(_contract, contracted, out=out),
-        **kernels,
-    )
+        here[w.platform], w = functools.partial(w.contract, contracted, out=out), w.weight
+    y = lax.platform_dependent(x, w, default=functools.partial(_contract, contracted, out=out), **here)
     return y.astype(out)
 
 
@@ -162,6 +170,26 @@ def _contract(contracted: int, x: jax.Array, w: Weight, out: DTypeLike = jnp.flo
     scale_NG = flat.scale.astype(jnp.float32)
     y_MN = jnp.einsum("GMN,NG->MN", y_GMN, scale_NG, preferred_element_type=out).astype(jnp.float32)
     return shift(y_MN, x_MK, flat).reshape(*batch, *kept)
+
+
+def _contract_tpu(contracted: int, x: jax.Array, w: Weight, out: DTypeLike) -> jax.Array:
+    """The same; with few rows XLA would multiply and add on the vector unit."""
+    last = x.ndim - contracted - 1
+    y = _contract(contracted, _fill(x, last), w, out)
+    return lax.slice_in_dim(y, 0, x.shape[last], axis=last)
+
+
+_TPU_ROWS = 8
+
+
+def _fill(x: jax.Array, last: int) -> jax.Array:
+    """x with zeros behind its axis `last`, where it and those before it are fewer rows than matmul units take at once.
+
+    The last of them: it is tokens, while those of the batch may lie on several devices.
+    """
+    if not 0 < math.prod(x.shape[: last + 1]) < _TPU_ROWS:
+        return x
+    return jnp.pad(x, [(0, _TPU_ROWS - size if axis == last else 0) for axis, size in enumerate(x.shape)])
 
 
 def as_matrix(w: QArray) -> QArray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from jaxllm import cache as kv
 from jaxllm import kernels, shard
@@ -27,6 +28,11 @@ from jaxllm.sample import Likeliest, Sampling, SamplingArrays, as_arrays, likeli
 CHUNKS = (16, 64, 256)  # tokens of a prompt that one prefill call takes; the smallest that fits is used
 DONATING = ("prefill", "decode", "step")  # programs that are given the state, their second argument
 STEPS = 8  # tokens that one decode call yields, at most
+
+# A weight is fetched onto the chip in one piece: with each of several pieces comes a table of 16 KiB in memory, which
+# were most of a decode step's temporaries.
+_TPU_OPTIONS = {"xla_tpu_sliced_prefetch_max_slices": "0"}
+_log = logging.getLogger(__name__)
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +94,22 @@ def parse(name: str) -> tuple[str, int]:
     """("prefill", 16) of a program's name "prefill 16"; a size of 0 where it has none."""
     kind, _, size = name.partition(" ")
     return kind, int(size or 0)
+
+
+@functools.cache
+def _options(everywhere: NamedSharding | None) -> dict[str, str] | None:
+    """What the compiler for these devices is told; None for the default device."""
+    platform = jax.default_backend() if everywhere is None else next(iter(everywhere.device_set)).platform
+    if platform != "tpu":
+        return None
+    try:
+        jax.jit(lambda: jnp.int32(0), out_shardings=everywhere, compiler_options=_TPU_OPTIONS).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        _log.warning("This TPU compiler does not know %s: temporaries will be larger.", ", ".join(_TPU_OPTIONS))
+        return None
+    return _TPU_OPTIONS
 
 
 def use_compilation_cache() -> None:
@@ -249,8 +271,14 @@ class Lowering:
         arguments, results = self.signature(kind, size)
         donated = 1 if kind in DONATING else ()
         shardings = None if self._sharded.mesh is None else jax.tree.map(lambda x: x.sharding, results)
-        # Unused arguments stay: what a program takes is its signature.
-        return jax.jit(program, donate_argnums=donated, keep_unused=True, out_shardings=shardings).lower(*arguments)
+        jitted = jax.jit(
+            program,
+            donate_argnums=donated,
+            keep_unused=True,  # what a program takes is its signature
+            out_shardings=shardings,
+            compiler_options=_options(self._sharded.of()),
+        )
+        return jitted.lower(*arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,7 +435,6 @@ def _step(
     model: _Model, params: Params, state: State, how: SamplingArrays, x_B1D: jax.Array | None = None
 ) -> tuple[State, jax.Array]:
     """The next token of each row; -1 where the row has ended."""
-    rows_B = jnp.arange(state.token_B.shape[0])
     x = state.token_B[:, None] if x_B1D is None else x_B1D
     logits_B1V, cache = model(params, x, state.position_B[:, None], state.cache)
     token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how, model.likeliest)
@@ -419,7 +446,8 @@ def _step(
         row_B=state.row_B,
         position_B=jnp.where(state.done_B, state.position_B, state.position_B + 1),
         done_B=state.done_B | jnp.isin(token_B, how.stop_tokens),
-        seen_BV=state.seen_BV.at[rows_B, token_B].set(True),
+        # Not a scatter, which for one row has to gather a vocabulary that is split.
+        seen_BV=state.seen_BV | (jnp.arange(state.seen_BV.shape[1])[None] == token_B[:, None]),
     )
     return after, jnp.where(state.done_B, -1, token_B)
 
