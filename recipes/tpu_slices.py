@@ -1,8 +1,8 @@
 """Named models on named TPU slices: what the compiler predicts of each, or a bundle that the slice starts at once.
 
 Predictions, nothing is run on a TPU: int8 weights, batch 8, context 2048. Bytes are of a chip; ms of a decode step,
-from the roofline to the compiler's estimate; tokens a second of all sequences together. Of two of them, libtpu 0.0.42 said:
-llama-3.1-8b-v5e-4 2.98 ms at least (2.55 GB of arguments a chip), llama-3.1-70b-v5e-16 5.9 to 8.2 ms.
+from the roofline to the compiler's estimate; tokens a second of all sequences together. Of two of them libtpu 0.0.42
+said: llama-3.1-8b-v5e-4 2.98 ms at least (2.55 GB of arguments a chip), llama-3.1-70b-v5e-16 7.2 to 9.5 ms.
 
 Run: python recipes/tpu_slices.py                               the table, anew
      python recipes/tpu_slices.py llama-3.1-8b-v5e-4            all programs of one, whole, held to their contract
