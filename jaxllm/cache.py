@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxllm.arrays import INT8_MAX
 from jaxllm.config import ModelConfig
@@ -157,10 +158,13 @@ def write(
 
 
 def _update_rows(old_BKSH: jax.Array, new_BK1H: jax.Array, at_B: jax.Array) -> jax.Array:
-    """A slot of each row, row by row. A TPU does so in place; to scatter it copies an int8 cache, and in a loop any."""
+    """A slot of each row, row by row. A TPU does so in place; to scatter it copies an int8 cache, and in a loop any.
+
+    In a loop it would also lay a cache of many heads out anew, and back, were its layout left to the compiler.
+    """
     for b in range(len(at_B)):
         old_BKSH = lax.dynamic_update_slice(old_BKSH, new_BK1H[b : b + 1], (b, 0, at_B[b], 0))
-    return old_BKSH
+    return with_layout_constraint(old_BKSH, Layout((0, 1, 2, 3)))
 
 
 def _scatter_rows(old_BKSH: jax.Array, new_BK1H: jax.Array, at_B: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm import cache as kv
-from jaxllm import kernels, shard
+from jaxllm import kernels, shard, targets
 from jaxllm.arrays import Contract
 from jaxllm.cache import Entries, KVCache, LayerCache, init_cache
 from jaxllm.config import ModelConfig
@@ -103,7 +103,8 @@ def _options(everywhere: NamedSharding | None) -> dict[str, str] | None:
     if platform != "tpu":
         return None
     try:
-        jax.jit(lambda: jnp.int32(0), out_shardings=everywhere, compiler_options=_TPU_OPTIONS).lower().compile()
+        with targets.uncached():
+            jax.jit(lambda: jnp.int32(0), out_shardings=everywhere, compiler_options=_TPU_OPTIONS).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "No such compile option" not in str(error):
             raise

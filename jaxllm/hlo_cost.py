@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -59,10 +59,10 @@ class Cost:
 _SUMS = tuple(field.name for field in dataclasses.fields(Cost) if field.name != "collectives")
 
 
-def cost(module: Module, trips: int = 1) -> tuple[Cost, Cost]:
+def cost(module: Module, trips: int = 1, counts: Callable[[Instruction], bool] = lambda i: True) -> tuple[Cost, Cost]:
     """The least and the most that one run takes; they differ where a conditional chooses.
 
-    trips: of a loop whose count cannot be told.
+    trips: of a loop whose count cannot be told. counts: which instructions of the entry do.
     """
 
     @functools.cache
@@ -88,7 +88,9 @@ def cost(module: Module, trips: int = 1) -> tuple[Cost, Cost]:
         least = _cost_of(module, i, body)
         return least, least
 
-    return run(module.entry)
+    entry = module.computations[module.entry]
+    pairs = [one(i, entry) for i in entry.values() if counts(i)]
+    return sum((low for low, _ in pairs), Cost()), sum((high for _, high in pairs), Cost())
 
 
 def _trips(module: Module, i: Instruction, body: Computation) -> int | None:

@@ -1,8 +1,8 @@
 """What a model would need and do on machines that nobody has at hand: compiled for them, never run.
 
 A decode step and a chunk of prefill are compiled by the target's own compiler, from shapes alone, and its program is
-read. Models of many layers are compiled with a few, twice, and their layers' cost is extended: unrolled layers cost the
-same each. `exact=True` compiles all of them. Of a model in stages, each stage is compiled for its part of the slice.
+read. Models of many layers are compiled with fewer, and their layers' cost is extended: unrolled layers cost the same
+each. `exact=True` compiles all of them. Of a model in stages, each stage is compiled for its part of the slice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from jaxllm import hlo_cost, shard, targets
@@ -20,12 +20,14 @@ from jaxllm.prediction import HOP_S, Case, Kind, Program, compiled, interval, we
 from jaxllm.stages import Stage, split
 from jaxllm.targets import Target
 
-FEW_LAYERS = (4, 8)  # with fewer, caches stay on the chip that would not in a whole model
+# Of more layers so many are compiled. Where a step has few, more of their caches stay on the chip than in a whole model.
+FEW_LAYERS: Mapping[Kind, int] = {"prefill": 4, "step": 32}
 # From a slice to another, through the network of the hosts; assumptions.
 NETWORK_S = 1e-4
 NETWORK_BYTES_PER_S = 12.5e9
 
-_NOTHING = Program(math.nan, math.nan, 0.0, hlo_cost.Cost(), hlo_cost.Cost(), 0.0)
+_NONE = hlo_cost.Cost()
+_NOTHING = Program(math.nan, math.nan, 0.0, _NONE, _NONE, 0.0, math.nan, _NONE, _NONE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,23 +138,27 @@ def predict(
     """
     cfg = dataclasses.replace(cfg, kv_dtype=case.kv_dtype or cfg.kv_dtype)
     one = case.of_stage
-    few = {part: _few(part, exact) for part in split(cfg, case.stages)}
-    wanted = list(dict.fromkeys((some, kind) for parts in few.values() for some in parts for kind in KINDS))
+    parts = split(cfg, case.stages)
+    wanted = {(part, kind): _few(part, kind, exact) for part in parts for kind in FEW_LAYERS}
+    todo = list(dict.fromkeys((few, kind) for (_, kind), few in wanted.items()))
     with targets.uncached(), ThreadPoolExecutor(2) as pool:  # XLA compiles outside Python's lock
-        made = dict(zip(wanted, pool.map(lambda want: compiled(want[0], one, want[1]), wanted), strict=True))
-    runs = [_run(part, one, [[made[some, kind] for some in parts] for kind in KINDS]) for part, parts in few.items()]
-    return _candidate(cfg, case, runs, prompt_tokens, price, max(len(parts[-1].layers) for parts in few.values()))
+        made = dict(zip(todo, pool.map(lambda want: compiled(want[0], one, want[1]), todo), strict=True))
+
+    def program(part: Stage, kind: Kind) -> Program | str:
+        few = wanted[part, kind]
+        found = made[few, kind]
+        return found if isinstance(found, str) else found.extend(len(part.layers) / len(few.layers))
+
+    runs = [_run(part, one, program(part, "prefill"), program(part, "step")) for part in parts]
+    return _candidate(cfg, case, runs, prompt_tokens, price, max(len(few.layers) for few, _ in todo))
 
 
-KINDS: tuple[Kind, ...] = ("prefill", "step")
-
-
-def _few(part: Stage, exact: bool) -> list[Stage]:
-    """A stage as it is, or two like it of fewer layers, from which it follows."""
+def _few(part: Stage, kind: Kind, exact: bool) -> Stage:
+    """A stage as it is, or one like it of fewer layers, from which it follows."""
     layers = len(part.layers)
     uniform = not any(isinstance(getattr(part.cfg, name), tuple) for name in WIDTHS)
-    some = FEW_LAYERS if uniform and not exact and layers > FEW_LAYERS[1] else (layers,)
-    return [Stage(range(n), dataclasses.replace(part.cfg, num_layers=n), part.part) for n in some]
+    few = min(layers, FEW_LAYERS[kind]) if uniform and not exact else layers
+    return Stage(range(few), dataclasses.replace(part.cfg, num_layers=few), part.part)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,18 +189,11 @@ class _Run:
         return self.step.argument_bytes - self.weight_bytes
 
 
-def _run(part: Stage, one: Case, made: Sequence[Sequence[Program | str]]) -> _Run:
-    """made: the programs of `_few`, or why they do not fit, of each kind."""
-    programs, reason = [], ""
-    for of_kind in made:
-        first, last = of_kind[0], of_kind[-1]
-        if isinstance(first, str) or isinstance(last, str):
-            reason = reason or (first if isinstance(first, str) else str(last))
-            continue
-        times = (len(part.layers) - FEW_LAYERS[0]) / (FEW_LAYERS[1] - FEW_LAYERS[0]) if len(of_kind) > 1 else 0.0
-        programs.append(first.extend(last, times))
-    prefill, step = [_NOTHING, _NOTHING] if reason else programs
-    return _Run(part, one, prefill, step, reason)
+def _run(part: Stage, one: Case, prefill: Program | str, step: Program | str) -> _Run:
+    """prefill, step: the programs, or why they do not fit."""
+    if isinstance(prefill, str) or isinstance(step, str):
+        return _Run(part, one, _NOTHING, _NOTHING, prefill if isinstance(prefill, str) else str(step))
+    return _Run(part, one, prefill, step, "")
 
 
 def _stage_plan(run: _Run, case: Case, number: int) -> StagePlan:

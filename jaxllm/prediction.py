@@ -77,7 +77,10 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiler says of one program, for each device. low, high: of a run."""
+    """What the compiler says of one program, for each device. low, high: of a run.
+
+    rest_*: the part of it that belongs to no layer, but to embedding, head and choosing.
+    """
 
     argument_bytes: float
     temp_bytes: float
@@ -85,28 +88,37 @@ class Program:
     low: hlo_cost.Cost
     high: hlo_cost.Cost
     compile_s: float
+    rest_argument_bytes: float
+    rest_low: hlo_cost.Cost
+    rest_high: hlo_cost.Cost
 
     @classmethod
     def of(cls, compiled: Any, compile_s: float) -> Program:
-        memory = compiled.memory_analysis()
-        low, high = hlo_cost.cost(hlo.parse(compiled.as_text()))
-        code = memory.generated_code_size_in_bytes
-        return cls(memory.argument_size_in_bytes, memory.temp_size_in_bytes, code, low, high, compile_s)
-
-    def extend(self, other: Program, times: float) -> Program:
-        """self, and `times` what `other` is more."""
-
-        def along(a: float, b: float) -> float:
-            return a + (b - a) * times
-
-        return Program(
-            along(self.argument_bytes, other.argument_bytes),
-            max(self.temp_bytes, other.temp_bytes),  # layers run one after the other, in the same memory
-            along(self.program_bytes, other.program_bytes),
-            self.low + (other.low + self.low * -1) * times,
-            self.high + (other.high + self.high * -1) * times,
-            self.compile_s + (other.compile_s if other is not self else 0.0),
+        memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+        return cls(
+            memory.argument_size_in_bytes,
+            memory.temp_size_in_bytes,
+            memory.generated_code_size_in_bytes,
+            *hlo_cost.cost(module),
+            compile_s,
+            sum(i.shapes[0].nbytes for i in module.parameters.values() if _of_no_layer(i)),
+            *hlo_cost.cost(module, counts=_of_no_layer),
         )
+
+    def extend(self, times: float) -> Program:
+        """With so many times the layers. Temporaries stay: layers run one after the other, in the same memory."""
+        return dataclasses.replace(
+            self,
+            argument_bytes=self.rest_argument_bytes + (self.argument_bytes - self.rest_argument_bytes) * times,
+            program_bytes=self.program_bytes * times,
+            low=self.rest_low + (self.low + self.rest_low * -1) * times,
+            high=self.rest_high + (self.high + self.rest_high * -1) * times,
+        )
+
+
+def _of_no_layer(i: hlo.Instruction) -> bool:
+    """False as well for what the compiler made up: copies, most of them of a layer's weights."""
+    return bool(i.source) and not re.search(r"\blayers?_\d|\bcache\.[kv]\[", i.source)
 
 
 def interval(program: Program, target: Target) -> tuple[float, float, str]:
@@ -190,7 +202,7 @@ def too_large(message: str) -> str:
 
 
 def _from_json(stored: dict[str, Any]) -> Program:
-    costs: dict[str, Any] = {end: hlo_cost.Cost(**stored[end]) for end in ("low", "high")}
+    costs: dict[str, Any] = {name: hlo_cost.Cost(**stored[name]) for name in ("low", "high", "rest_low", "rest_high")}
     return Program(**(stored | costs))
 
 

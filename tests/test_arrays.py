@@ -147,3 +147,17 @@ def test_nan_stays_nan_where_activations_are_rounded(rows):
         y = np.asarray(arrays.einsum("MK,NK->MN", x, w))
         assert np.isnan(y[0]).all()
         assert np.isfinite(y[1:]).all()
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (3, 1), (1, 5), (2, 9)])
+@pytest.mark.parametrize("name", [None, "int8", "int4-g16-affine", "w8a8"])
+def test_filled_rows_change_nothing(rows, name):
+    """What a TPU is given to do for few rows."""
+    w, x = weight((12, 32)), weight((*rows, 32), seed=1)
+    if name:
+        w = formats.quantize(w, 1, formats.parse(name))
+    y = arrays._contract_tpu(1, x, w, jnp.float32)
+    np.testing.assert_allclose(y, arrays._contract(1, x, w), rtol=1e-5, atol=1e-5)
+    ids = jnp.arange(rows[0] * rows[1]).reshape(rows) % 12
+    if name != "w8a8":
+        np.testing.assert_array_equal(arrays._look_up_tpu(w, ids, jnp.float32), arrays._look_up(w, ids, jnp.float32))

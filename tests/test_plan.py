@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,38 @@ def test_a_decode_step_keeps_its_contract_on_tpus(target, sizes, format, kv):
 
 
 @aot
+@pytest.mark.parametrize("kv", [None, "int8"])
+def test_decode_steps_in_a_loop_write_the_cache_in_place(kv):
+    """Each device has two rows or more, and two KV heads: with one head alone a scatter copies nothing."""
+    cfg = dataclasses.replace(SMALL, num_kv_heads=4, kv_dtype=kv)
+    lower = lowering(cfg, "v5e:2x2", (2, 2, 1), batch=4, context=4096)
+    assert breaches(lower, lower.decode(4), layers=1, temp_share=0.1) == []
+
+
+@aot
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_step_has_two_collectives_a_layer_one_to_look_up_and_one_to_choose(batch):
+    lower = lowering(dataclasses.replace(SMALL, num_kv_heads=4, kv_dtype="int8"), "v5e:2x2", (1, 4, 1), batch=batch)
+    with targets.uncached():
+        compiled = lower.step().compile()
+    # With one row as well matmuls run on the matmul units, and no table is laid out anew.
+    contract = contracts.Contract(temp_share=0.1)
+    assert contracts.check(compiled, lower.params, lower.state, 1, contract) == []
+    greedy, _ = hlo_cost.cost(hlo.parse(compiled.as_text()))
+    assert sum(greedy.collectives.values()) == 2 + 1 + 1
+
+
+@aot
+def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch, caplog):
+    where = lowering(SMALL, "v5e:1x1", (1, 1, 1))._sharded.of()
+    compile_module = sys.modules["jaxllm.compile"]
+    assert compile_module._options.__wrapped__(where) == compile_module._TPU_OPTIONS
+    monkeypatch.setattr(compile_module, "_TPU_OPTIONS", {"xla_tpu_no_such_thing": "1"})
+    assert compile_module._options.__wrapped__(where) is None
+    assert "does not know xla_tpu_no_such_thing" in caplog.text
+
+
+@aot
 def test_the_contract_sees_what_breaks_it():
     lower = lowering(SMALL, "v5e:1x1", (1, 1, 1))
 
@@ -103,6 +136,7 @@ def test_the_contract_sees_what_breaks_it():
 def test_extending_few_layers_says_what_all_of_them_do(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path))
     cfg = dataclasses.replace(SMALL, num_layers=12)
+    monkeypatch.setattr(plan, "FEW_LAYERS", {"prefill": 4, "step": 8})
     case = prediction.Case(targets.parse("v5e:2x2"), 1, 2, 2, "int8", None, 8, 256)
     some, whole = (plan.predict(cfg, case, prompt_tokens=64, exact=exact) for exact in (False, True))
     assert (some.layers, whole.layers) == ((8, 12), (12, 12))
@@ -110,6 +144,7 @@ def test_extending_few_layers_says_what_all_of_them_do(monkeypatch, tmp_path):
     assert some.memory_bytes == pytest.approx(whole.memory_bytes, rel=0.1)
     assert some.flops == pytest.approx(whole.flops, rel=0.01)
     assert some.collectives["all-reduce"] == whole.collectives["all-reduce"]
+    assert some.ttft_ms_low == pytest.approx(whole.ttft_ms_low, rel=0.1)
     assert whole.fits
     assert whole.step_ms_low < whole.step_ms_high
     # The roofline: all weights but the embedding, and the cache, are read once.
@@ -119,7 +154,7 @@ def test_extending_few_layers_says_what_all_of_them_do(monkeypatch, tmp_path):
     cache = 2 * 12 * 8 * 256 * 2 * 128 * 2 / 2
     assert read + cache < whole.memory_bytes < 1.15 * (read + cache)
     # Nothing is compiled twice.
-    monkeypatch.setattr(prediction, "Lowering", None)
+    monkeypatch.setattr(prediction.Program, "of", None)
     again = plan.predict(cfg, case, prompt_tokens=64)
     assert dataclasses.asdict(again) == dataclasses.asdict(some)
 
@@ -141,7 +176,7 @@ def test_meshes_share_kv_heads_only_where_they_must():
 
 def program(**changes):
     cost = hlo_cost.Cost(memory_bytes=0.82e9, flops=1.97e9, cycles=3e6, **changes)
-    return prediction.Program(1.0, 1.0, 1.0, cost, cost, 0.0)
+    return prediction.Program(1.0, 1.0, 1.0, cost, cost, 0.0, 0.0, hlo_cost.Cost(), hlo_cost.Cost())
 
 
 def test_the_interval_runs_from_the_roofline_to_the_cycles():
@@ -228,9 +263,12 @@ def fake(monkeypatch, step_s, hbm=1e9):
     """Programs that take so many seconds for each layer, and half as many for what comes beside them."""
 
     def compiled(stage, case, kind):
-        each = len(stage.layers) + (0.5 if stage.part.predicts else 0)
-        cost = hlo_cost.Cost(memory_bytes=step_s * each * case.target.chip.memory_bytes_per_s)
-        return prediction.Program(hbm * len(stage.layers) + 1e9, 0.0, 0.0, cost, cost, 0.0)
+        def cost(layers):
+            return hlo_cost.Cost(memory_bytes=step_s * layers * case.target.chip.memory_bytes_per_s)
+
+        rest = cost(0.5) if stage.part.predicts else cost(0)
+        both = cost(len(stage.layers)) + rest
+        return prediction.Program(hbm * len(stage.layers) + 1e9, 0.0, 0.0, both, both, 0.0, 1e9, rest, rest)
 
     monkeypatch.setattr(plan, "compiled", compiled)
     monkeypatch.setattr(plan, "weight_bytes", lambda stage, case: hbm * len(stage.layers))

@@ -3,7 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.compile import _Shardings
 from jaxllm.sample import Sampling, as_arrays, keep_likely, next_token
+from jaxllm.shard import RULES, make_mesh
+from tests.conftest import TINY
 
 
 def kept(logits, **how):
@@ -71,3 +74,12 @@ def test_a_tiny_temperature_is_nearly_greedy():
     logits = jnp.asarray([[1.0, 5.0, 4.9]])
     how = as_arrays(Sampling(temperature=1e-38), frozenset())
     assert int(next_token(logits, jnp.zeros((1, 3), bool), *[jnp.zeros(1, jnp.int32)] * 2, how)[0]) == 1
+
+
+def test_the_likeliest_token_over_a_mesh_is_the_first_of_the_highest():
+    logits = np.random.default_rng(0).integers(0, 6, (4, 32)).astype(np.float32)  # many are equal
+    logits[1, 20], logits[2, :] = np.nan, -np.inf
+    for sizes in ((1, 4, 1), (2, 1, 2)):
+        sharded = _Shardings(TINY, make_mesh(*sizes), RULES)
+        tokens = jax.jit(sharded.likeliest)(jax.device_put(logits, sharded.of("batch", "vocab")))
+        np.testing.assert_array_equal(tokens, logits.argmax(-1))
