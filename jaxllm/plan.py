@@ -20,8 +20,8 @@ from jaxllm.prediction import HOP_S, Case, Kind, Program, compiled, interval, we
 from jaxllm.stages import Stage, split
 from jaxllm.targets import Target
 
-# Of more layers so many are compiled. Where a step has few, more of their caches stay on the chip than in a whole model.
-FEW_LAYERS: Mapping[Kind, int] = {"prefill": 4, "step": 32}
+# Of more layers so many are compiled. In a step of few, more of their caches stay on the chip than in a whole model.
+FEW_LAYERS: Mapping[Kind, int] = {"prefill": 4, "step": 16}
 # From a slice to another, through the network of the hosts; assumptions.
 NETWORK_S = 1e-4
 NETWORK_BYTES_PER_S = 12.5e9

@@ -95,14 +95,15 @@ class Program:
     @classmethod
     def of(cls, compiled: Any, compile_s: float) -> Program:
         memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+        rest = functools.partial(_of_no_layer, module.computations[module.entry])
         return cls(
             memory.argument_size_in_bytes,
             memory.temp_size_in_bytes,
             memory.generated_code_size_in_bytes,
             *hlo_cost.cost(module),
             compile_s,
-            sum(i.shapes[0].nbytes for i in module.parameters.values() if _of_no_layer(i)),
-            *hlo_cost.cost(module, counts=_of_no_layer),
+            sum(i.shapes[0].nbytes for i in module.parameters.values() if rest(i)),
+            *hlo_cost.cost(module, counts=rest),
         )
 
     def extend(self, times: float) -> Program:
@@ -116,8 +117,10 @@ class Program:
         )
 
 
-def _of_no_layer(i: hlo.Instruction) -> bool:
-    """False as well for what the compiler made up: copies, most of them of a layer's weights."""
+def _of_no_layer(entry: hlo.Computation, i: hlo.Instruction) -> bool:
+    """What the compiler made up, such as a copy, belongs to what it is made from."""
+    while not i.source and i.operands and i.operands[0] in entry:
+        i = entry[i.operands[0]]
     return bool(i.source) and not re.search(r"\blayers?_\d|\bcache\.[kv]\[", i.source)
 
 
