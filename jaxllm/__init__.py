@@ -15,12 +15,16 @@ from jaxllm.evaluate import (
 )
 from jaxllm.generate import Engine, Result, compile
 from jaxllm.lm import LM, Entry, Transform, chain, init, logits
+from jaxllm.losses import Objective
 from jaxllm.replay import load_recipe, transforms_of
 from jaxllm.sample import Sampling
 from jaxllm.search import search
 from jaxllm.shard import make_mesh
+from jaxllm.teachers import cache_teacher, open_teacher
 from jaxllm.textfiles import read_text
+from jaxllm.training import Training
 from jaxllm.transforms.compact import compact
+from jaxllm.transforms.distill import distill, smaller
 from jaxllm.transforms.prune import cubic_schedule, prune
 from jaxllm.transforms.quantize import quantize, quantize_kv
 
@@ -29,17 +33,21 @@ __all__ = [
     "Engine",
     "Entry",
     "ModelConfig",
+    "Objective",
     "Quality",
     "Result",
     "Sampling",
+    "Training",
     "Transform",
     "bisect",
+    "cache_teacher",
     "calibration_text",
     "chain",
     "compact",
     "compare",
     "compile",
     "cubic_schedule",
+    "distill",
     "evaluation_text",
     "export_compressed",
     "export_hf",
@@ -49,6 +57,7 @@ __all__ = [
     "load_recipe",
     "logits",
     "make_mesh",
+    "open_teacher",
     "optimize_checkpoint",
     "perplexity",
     "prune",
@@ -58,6 +67,7 @@ __all__ = [
     "save",
     "search",
     "sliding_windows",
+    "smaller",
     "token_windows",
     "transforms_of",
 ]

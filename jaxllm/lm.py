@@ -76,8 +76,17 @@ def chain(*transforms: Transform) -> Transform:
     return lambda lm: functools.reduce(lambda model, transform: transform(model), transforms, lm)
 
 
-# A transform may follow those of its own stage and of earlier ones; None: any.
-_STAGES = {"load": 0, "init": 0, "compact": 1, "prune": 2, "quantize": 3, "quantize_kv": None}
+# (the stage that a transform leaves a model in, the last one that it may follow). Distillation changes nothing that
+# compacting, pruning or quantising would have to know of, but it trains float weights; a cache's precision is no weight's.
+_STAGES = {
+    "load": (0, 0),
+    "init": (0, 0),
+    "compact": (1, 1),
+    "prune": (2, 2),
+    "distill": (0, 2),
+    "quantize": (3, 3),
+    "quantize_kv": (0, 3),
+}
 
 
 def require_order(lm: LM, name: str) -> None:
@@ -89,14 +98,10 @@ def check_order(done: Sequence[str], name: str) -> None:
     """Raises ValueError when transform `name` may not follow the transforms `done`, naming those that may."""
     if unknown := [other for other in (*done, name) if other not in _STAGES]:
         raise ValueError(f"The ledger has {unknown[0]!r}, which this version does not know; known: {[*_STAGES]}.")
-    stage = _STAGES[name]
-    if stage is None:
-        return
-    if late := [other for other in done if (_STAGES[other] or 0) > stage]:
-        order = [other for other, at in _STAGES.items() if at]
+    if late := [other for other in done if _STAGES[other][0] > _STAGES[name][1]]:
         raise ValueError(
-            f"{name} cannot follow {late[0]}: what one decided the other would undo. The order is {', '.join(order)}; "
-            "start from the original checkpoint."
+            f"{name} cannot follow {late[0]}: what one decided the other would undo. The order is compact, prune, "
+            "quantize, with distill anywhere before quantize; start from the original checkpoint."
         )
 
 

@@ -118,3 +118,18 @@ def read_bandwidth(megabytes: int = 512) -> float:
             jax.block_until_ready(way(x, v))
             best = max(best, x.nbytes / (time.perf_counter() - start) / 1e9)
     return best
+
+
+@functools.cache
+def matmul_rate(dtype: str = "float32") -> float:
+    """FLOPs a second of the default device's matmuls in a type: the best of a few sizes. Takes seconds on a CPU."""
+    best = 0.0
+    for size in (1024, 2048):
+        x = jax.jit(lambda size=size: jnp.ones((size, size), dtype))()
+        multiply = jax.jit(lambda x: x @ x)
+        jax.block_until_ready(multiply(x))
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(multiply(x))
+            best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
+    return best

@@ -160,15 +160,18 @@ class Weights:
         if not self.rank:
             return {}, {path: jnp.array(leaf, jnp.float32) for path, leaf in flat.items()}  # a copy: it is donated
         rng, trained = np.random.default_rng(0), {}
-        for path, leaf in flat.items():
-            contracted = info[path].contracted
-            if not contracted or not path.startswith("layers_"):
-                continue
-            rows = int(np.prod(leaf.shape[: leaf.ndim - contracted]))
+        for path in self.paths(params):
+            leaf = flat[path]
+            rows = int(np.prod(leaf.shape[: leaf.ndim - info[path].contracted]))
             columns = leaf.size // rows
             first = rng.standard_normal((self.rank, columns), np.float32) * np.float32(columns**-0.5)
             trained[f"{path}/a"], trained[f"{path}/b"] = jnp.asarray(first), jnp.zeros((rows, self.rank), jnp.float32)
         return flat, trained
+
+    def paths(self, params: Params) -> list[str]:
+        """Of the weights that training changes: all, or by a rank the layers' matrices."""
+        info = param_info(self.cfg)
+        return [p for p in flatten(params) if not self.rank or (info[p].contracted and p.startswith("layers_"))]
 
     def whole(self, fixed: Mapping[str, jax.Array], trained: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """All weights in float32. What is zero in a fixed matrix stays zero."""
@@ -290,7 +293,7 @@ class Trainer:
         else:
             rows, known = run(self.teacher, teacher, inputs_BT, self.constrain, show=[*self.layer_map.values()])
             rows, known = lax.stop_gradient((rows, known))
-        count = jnp.maximum(jnp.sum(scored_BT[:, 1:]), 1)
+        count = jnp.maximum(jnp.sum(scored_BT[:, 1:]), 1).astype(jnp.float32)
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rows, targets_BT, scored_BT[:, 1:]))
 
         def part(head: Any, x_MD: jax.Array, of: Any, teacher_head: Any) -> Mapping[str, jax.Array]:
@@ -326,9 +329,10 @@ class Trainer:
         _, shapes = jax.eval_shape(with_teacher, state.weights, jax.tree.map(lambda x: x[0], batches))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes, state.weights))
         (found, gradient), _ = lax.scan(one, zeros, batches)
-        updates, optimiser = self.optimiser.update(gradient, state.optimiser, state.weights)
+        with jax.numpy_dtype_promotion("standard"):  # which optax relies on
+            updates, optimiser = self.optimiser.update(gradient, state.optimiser, state.weights)
         weights = optax.apply_updates(state.weights, updates)
-        found |= {"gradient_norm": optax.global_norm(gradient)}
+        found |= {"gradient_norm": optax.tree.norm(gradient)}
         return State(weights, optimiser, state.step + 1), found  # pyright: ignore[reportArgumentType]
 
     def _with_teacher(self, fixed: Any, teacher: Any, trained: Any, batch: Any) -> Any:

@@ -9,12 +9,13 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jaxllm.cli import arguments, compress, plan, run
+from jaxllm.cli import arguments, compress, distill, plan, run
 from jaxllm.cli.common import finite, log, together
 
 COMMANDS = {
     "quickstart": run.quickstart,
     "optimize": compress.optimize,
+    "distill": distill.distill,
     "search": compress.search,
     "bisect": compress.bisect,
     "generate": run.generate,
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at exit
         return 141
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as error:
         if os.environ.get("JAXLLM_DEBUG"):
             raise
         print(f"jaxllm: error: {error or type(error).__name__}", file=sys.stderr)

@@ -1,0 +1,100 @@
+"""The command that trains: distill."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+import jaxllm
+from jaxllm.cli import common
+from jaxllm.fit import LOG, read_log
+from jaxllm.lm import LM
+from jaxllm.textfiles import read_text
+from jaxllm.transforms.distill import windows
+
+
+def distill(args: argparse.Namespace) -> dict[str, Any]:
+    common.check_out(args.out)
+    training = jaxllm.Training(
+        steps=args.steps,
+        batch=args.batch,
+        accumulate=args.accumulate,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        seed=args.seed,
+        rank=args.rank,
+        remat=args.remat,
+    )
+    objective = jaxllm.Objective(args.divergence, args.temperature, args.beta, args.ce, args.hidden, args.attention)
+    layer_map = None if args.layer_map is None else _layer_map(args.layer_map)
+    text = read_text(args.text)
+    heldout = None if args.heldout is None else read_text(args.heldout)
+    run = args.out.parent / f"{args.out.name}.run"
+    if run.exists() and not args.resume:
+        raise FileExistsError(f"{run} holds a run already. Go on with it by --resume, or remove it.")
+    mesh = common.mesh(args.mesh)
+    student = common.load(args.student, args.dtype)
+    teacher: Any = common.load(args.teacher, args.dtype)
+    if args.top_k is not None:
+        seen = np.concatenate(windows(student, text, heldout, args.tokens))
+        cache = args.out.parent / f"{args.out.name}.teacher"
+        teacher = jaxllm.cache_teacher(teacher, seen, cache, args.top_k, args.temperature, common.log)
+    trained: LM = jaxllm.distill(
+        teacher,
+        text,
+        training,
+        objective,
+        heldout=heldout,
+        length=args.tokens,
+        quantize=args.quantize,
+        sparsity=args.sparsity,
+        layer_map=layer_map,
+        on_policy=args.on_policy,
+        mesh=mesh,
+        path=run,
+        resume=args.resume,
+        save_every=args.save_every,
+        keep=args.keep,
+        log=common.log,
+    )(student)
+    jaxllm.save(trained, args.out)
+    curve = read_log(run / LOG)
+    plot(curve, args.out / "curve.png")
+    before, after = trained.ledger[-1].args["heldout_loss"]
+    common.log(f"saved {args.out}; held-out loss {before:.4f} before, {after:.4f} after; {run} may be removed")
+    print(f"held-out loss {before:.4f} -> {after:.4f} (step {trained.ledger[-1].args['best_step']} of {args.steps})")
+    return {
+        "out": str(args.out),
+        "heldout_loss": [before, after],
+        "ledger": [dataclasses.asdict(entry) for entry in trained.ledger],
+    }
+
+
+def _layer_map(spec: str) -> dict[int, int]:
+    try:
+        pairs = [tuple(map(int, item.split("="))) for item in spec.split(",")]
+        return {mine: theirs for mine, theirs in pairs}
+    except ValueError:
+        raise ValueError(f"--layer-map is {spec!r}; expected STUDENT=TEACHER,…: 0=1,1=3.") from None
+
+
+def plot(curve: list[dict[str, float]], path: Any) -> None:
+    """The loss of each step and the held-out one, as a PNG."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    steps = [row for row in curve if "loss" in row]
+    held = [row for row in curve if "heldout_loss" in row]
+    axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], lw=0.8, alpha=0.5, label="training")
+    axes.plot([row["step"] for row in held], [row["heldout_loss"] for row in held], "o-", ms=3, label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,261 @@
+"""The loop around training steps: batches, checkpoints from which it goes on, the held-out loss, and a log of it all."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxllm import measure
+from jaxllm.generate import compile as compile_engine
+from jaxllm.lm import LM
+from jaxllm.losses import TopTokens
+from jaxllm.params import Params
+from jaxllm.teachers import CachedTeacher
+from jaxllm.training import State, Trainer
+
+_LOG_S = 10.0
+LOG = "log.csv"
+_SETTINGS = "run.json"
+_COLUMNS = ("step", "loss", "divergence", "ce", "hidden", "attention", "gradient_norm", "heldout_loss", "tokens_per_s", "use")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one training is made of, but for the weights.
+
+    tokens_NT: windows that are trained on, by the shuffled epoch. heldout_MT: that are not. save_every: steps between
+    checkpoints, at each of which the held-out loss is measured. keep: how many of the best stay, beside the latest.
+    on_policy: the share of steps, in [0, 1], whose text the student draws itself after the first quarter of each window
+    (Agarwal et al. 2024, GKD). path: of checkpoints and log; None for neither.
+    """
+
+    trainer: Trainer
+    tokens_NT: np.ndarray
+    heldout_MT: np.ndarray
+    save_every: int
+    keep: int = 1
+    on_policy: float = 0.0
+    path: Path | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """params: of the step with the least held-out loss. curve: rows of the log, by name."""
+
+    params: Params
+    step: int
+    heldout_loss: float
+    first_loss: float
+    curve: list[dict[str, float]]
+
+
+def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: Callable[[str], None]) -> Fitted:
+    """Trains, from the latest checkpoint where there is one and `resume`.
+
+    Raises FileExistsError when a run is there and not to be resumed, ValueError when it was made with other settings.
+    """
+    trainer, how = run.trainer, run.trainer.training
+    fixed, state = trainer.begin(student.params)
+    given = teacher.params if isinstance(teacher, LM) else None
+    step = jax.jit(trainer.step, donate_argnums=0)
+    evaluate = jax.jit(lambda trained, fixed, *batch: trainer.losses(trained, fixed, *batch)[1]["loss"])
+    batches = _Batches(run, student, teacher)
+    curve: list[dict[str, float]] = []
+    with _Checkpoints(run, resume) as checkpoints:
+        best, kept = _Best(math.inf, 0), state.weights
+        if (at := checkpoints.latest) is not None:
+            state, curve, best = checkpoints.restore(at, state)
+            log(f"goes on after step {at} of {how.steps}")
+        heldout = _Heldout(run, evaluate, fixed, given, teacher)
+        if not curve:
+            first = heldout(state)
+            curve.append({"step": 0, "heldout_loss": first})
+            log(f"held-out loss before training {first:.4f}")
+        peak = measure.matmul_rate(student.cfg.dtype)
+        length = run.tokens_NT.shape[1] - 1
+        needed = trainer.flops(how.batch * length, length)
+        began = said = time.perf_counter()
+        since = int(state.step)
+        for n in range(since, how.steps):
+            tokens_BT, scored_BT, top = batches(n, fixed, state)
+            start = time.perf_counter()
+            state, found = step(state, fixed, given if top is None else top, tokens_BT, scored_BT)
+            row = {name: float(value) for name, value in found.items()}
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(f"The loss of step {n + 1} is {row['loss']}. Lower the learning rate.")
+            took = time.perf_counter() - start
+            row |= {"step": n + 1, "tokens_per_s": how.batch * length / took, "use": needed / took / peak}
+            if (n + 1) % run.save_every == 0 or n + 1 == how.steps:
+                row["heldout_loss"] = heldout(state)
+                now_best = _Best(row["heldout_loss"], n + 1)
+                if now_best < best:
+                    best = now_best
+                    if run.path is None:
+                        kept = jax.device_get(state.weights)
+            curve.append(row)
+            if "heldout_loss" in row:
+                checkpoints.save(n + 1, state, curve, row["heldout_loss"])
+            now = time.perf_counter()
+            if now - said > _LOG_S or "heldout_loss" in row:
+                said = now
+                left = (now - began) / (n + 1 - since) * (how.steps - n - 1)
+                shown = f", held-out {row['heldout_loss']:.4f}" if "heldout_loss" in row else ""
+                log(
+                    f"step {n + 1} of {how.steps}: loss {row['loss']:.4f}{shown}, {row['tokens_per_s']:.0f} tokens/s, "
+                    f"{row['use']:.0%} of {peak / 1e9:.0f} GFLOP/s, {left / 60:.0f} min left"
+                )
+        weights = state.weights
+        if best.step != int(state.step):
+            weights = kept if run.path is None else checkpoints.restore(best.step, state)[0].weights
+        return Fitted(trainer.weights.finish(fixed, weights), best.step, best.loss, curve[0]["heldout_loss"], curve)
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class _Best:
+    loss: float
+    step: int
+
+
+class _Batches:
+    """What each step sees; a function of its number alone, so that nothing about it has to be saved."""
+
+    def __init__(self, run: Run, student: LM, teacher: LM | CachedTeacher):
+        import grain  # takes a second
+
+        how = run.trainer.training
+        self._run, self._student, self._teacher = run, student, teacher
+        rows = grain.MapDataset.source(range(len(run.tokens_NT))).seed(how.seed).shuffle()
+        self._rows = rows.repeat().batch(how.batch)
+        self._engine: Any = None
+
+    def __call__(self, n: int, fixed: Any, state: State) -> tuple[np.ndarray, np.ndarray, TopTokens | None]:
+        rows_B = np.asarray(self._rows[n])
+        tokens_BT = self._run.tokens_NT[rows_B]
+        if isinstance(self._teacher, CachedTeacher):
+            return tokens_BT, np.ones(tokens_BT.shape, bool), self._teacher.rows(rows_B)
+        chance = np.random.default_rng((self._run.trainer.training.seed, n)).random()
+        if chance >= self._run.on_policy:
+            return tokens_BT, np.ones(tokens_BT.shape, bool), None
+        return *self._drawn(n, tokens_BT, fixed, state), None
+
+    def _drawn(self, n: int, tokens_BT: np.ndarray, fixed: Any, state: State) -> tuple[np.ndarray, np.ndarray]:
+        """The windows' first quarter, and what the student says to it."""
+        params = self._run.trainer.weights.finish(fixed, state.weights)
+        batch, length = tokens_BT.shape
+        if self._engine is None:
+            made = dataclasses.replace(self._student, params=params)
+            self._engine = compile_engine(made, batch=batch, max_len=length)
+        engine, given = dataclasses.replace(self._engine, params=params), max(1, length // 4)
+        results = engine.generate(
+            tokens_BT[:, :given].tolist(), max_new_tokens=length - given, stop_tokens=(), temperature=1.0, seed=n
+        )
+        drawn = np.array([result.tokens for result in results], np.int32)
+        scored_BT = np.broadcast_to(np.arange(length) >= given, tokens_BT.shape)
+        return np.concatenate([tokens_BT[:, :given], drawn], axis=1), scored_BT
+
+
+class _Heldout:
+    """The objective's mean over the held-out windows."""
+
+    def __init__(self, run: Run, evaluate: Any, fixed: Any, given: Any, teacher: LM | CachedTeacher):
+        self._run, self._evaluate, self._fixed, self._given, self._teacher = run, evaluate, fixed, given, teacher
+
+    def __call__(self, state: State) -> float:
+        windows, batch = self._run.heldout_MT, self._run.trainer.training.batch
+        total, count = 0.0, 0
+        for start in range(0, len(windows), batch):
+            some = windows[start : start + batch]
+            scored = np.zeros((batch, windows.shape[1]), bool)
+            scored[: len(some)] = True
+            tokens = np.concatenate([some, np.repeat(some[:1], batch - len(some), axis=0)])
+            given = self._given
+            if isinstance(self._teacher, CachedTeacher):  # whose last windows are the held-out ones
+                rows = len(self._run.tokens_NT) + start + np.minimum(np.arange(batch), len(some) - 1)
+                given = self._teacher.rows(rows)
+            total += float(self._evaluate(state.weights, self._fixed, given, tokens, scored)) * len(some)
+            count += len(some)
+        return total / count
+
+
+class _Checkpoints:
+    """The best and the latest states in run.path, written by Orbax beside the training, whole or not at all."""
+
+    def __init__(self, run: Run, resume: bool):
+        self._run, self._manager = run, None
+        if run.path is None:
+            return
+        import orbax.checkpoint as ocp  # takes half a second
+
+        self._ocp, file = ocp, run.path / _SETTINGS
+        if file.exists():
+            if not resume:
+                raise FileExistsError(f"{run.path} holds a run already. Go on with it by --resume, or remove it.")
+            there = json.loads(file.read_text())
+            if other := [name for name in run.settings if there.get(name) != run.settings[name]]:
+                raise ValueError(
+                    f"{run.path} holds a run with another {other[0]}: {there.get(other[0])}, not "
+                    f"{run.settings[other[0]]}. Give the same options to go on with it, or remove it."
+                )
+        run.path.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(run.settings, indent=1) + "\n")
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics["heldout_loss"], reverse=True, n=run.keep)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager((run.path / "checkpoints").absolute(), options=options)
+
+    def __enter__(self) -> _Checkpoints:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        return None if self._manager is None else self._manager.latest_step()
+
+    def save(self, step: int, state: State, curve: list[dict[str, float]], heldout_loss: float) -> None:
+        if self._manager is None or self._run.path is None:
+            return
+        args = self._ocp.args
+        items = args.Composite(state=args.StandardSave(state), curve=args.JsonSave({"rows": curve}))
+        self._manager.save(step, args=items, metrics={"heldout_loss": heldout_loss})
+        half = self._run.path / f".{LOG}"
+        with half.open("w", newline="") as file:
+            writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(curve)
+        half.replace(self._run.path / LOG)
+
+    def restore(self, step: int, state: State) -> tuple[State, list[dict[str, float]], _Best]:
+        assert self._manager is not None
+        self._manager.wait_until_finished()
+        args = self._ocp.args
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        found = self._manager.restore(
+            step, args=args.Composite(state=args.StandardRestore(shapes), curve=args.JsonRestore())
+        )
+        curve = found["curve"]["rows"]
+        best = min(_Best(row["heldout_loss"], int(row["step"])) for row in curve[1:] if "heldout_loss" in row)
+        return found["state"], curve, best
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The rows of a run's log.csv."""
+    with path.open(newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]

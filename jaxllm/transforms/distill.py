@@ -1,0 +1,221 @@
+"""Distillation: weights are trained until a model predicts what another one does."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxllm import formats, shard
+from jaxllm.arrays import QArray
+from jaxllm.calibrate import describe
+from jaxllm.config import ModelConfig
+from jaxllm.evaluate import token_windows
+from jaxllm.fit import Run, fit
+from jaxllm.lm import LM, Transform, check_tokens, record, require_order
+from jaxllm.losses import Objective
+from jaxllm.params import assign, flatten, unflatten
+from jaxllm.teachers import CachedTeacher
+from jaxllm.training import Gradual, Trainer, Training, Weights
+from jaxllm.transforms.prune import cubic_schedule
+from jaxllm.transforms.quantize import default_rules
+
+_HELDOUT = 0.05  # of the windows, where no others are given
+
+
+def distill(
+    teacher: LM | CachedTeacher,
+    text: Any,
+    training: Training,
+    objective: Objective | None = None,
+    *,
+    heldout: Any = None,
+    length: int = 256,
+    quantize: str | Mapping[str, str | None] | None = None,
+    sparsity: float | None = None,
+    layer_map: Mapping[int, int] | None = None,
+    on_policy: float = 0.0,
+    mesh: Mesh | None = None,
+    rules: shard.Rules = shard.RULES,
+    path: Path | None = None,
+    resume: bool = False,
+    save_every: int | None = None,
+    keep: int = 1,
+    log: Callable[[str], None] = lambda _: None,
+) -> Transform:
+    """Trains a model's weights until it predicts what the teacher does. Zeros that pruning made stay zero.
+
+    teacher: a model of the same vocabulary, of any size and precision; or its predictions (`cache_teacher`) of exactly
+        these windows, the held-out ones last.
+    text: what is read, a str or ids [N, T]; a text is cut into windows of `length` tokens. heldout: the same, what is
+        measured on and not trained on; by default the last twentieth of the windows.
+    training, objective: how, and towards what; by default forward KL at temperature 1.
+    quantize: weights are seen as `quantize` of the same rules would round them, so that doing it afterwards costs less.
+    sparsity: magnitude pruning to this fraction of each matrix while training, by `cubic_schedule`, done after half of
+        the steps; the zeros that are there count.
+    layer_map: {layer: the teacher's layer} that the objective's `hidden` and `attention` compare; by default each layer
+        with the one at the same share of the depth.
+    on_policy: share of steps, in [0, 1], on text that the model being trained draws itself.
+    mesh, rules: where weights and the batch are split; as of `compile`.
+    path: directory of checkpoints (every `save_every` steps, by default a tenth; the `keep` best by held-out loss, and the
+        latest) and of log.csv. resume: goes on with a run that is there; otherwise that is an error.
+
+    The result has the weights of the least held-out loss. Its ledger entry cannot be replayed without the teacher.
+    Raises ValueError for a model or teacher that this cannot train, or a combination that makes no sense, before any
+    slow work.
+    """
+    objective = Objective() if objective is None else objective
+    if not 0 <= on_policy <= 1:
+        raise ValueError(f"on_policy is {on_policy}; expected a share of the steps in [0, 1].")
+    if sparsity is not None and not 0 < sparsity < 1:
+        raise ValueError(f"sparsity is {sparsity}; expected a fraction in (0, 1).")
+    if sparsity is not None and training.rank:
+        raise ValueError("sparsity and rank exclude each other: a low-rank change cannot zero weights.")
+    if save_every is not None and save_every < 1:
+        raise ValueError(f"save_every is {save_every}; expected a positive number of steps.")
+    cached = isinstance(teacher, CachedTeacher)
+    if cached and (on_policy or objective.hidden or objective.attention):
+        raise ValueError("A cached teacher has predictions of its text alone: no on_policy, hidden or attention.")
+    if cached and teacher.temperature != objective.temperature:
+        raise ValueError(
+            f"The cached teacher's temperature is {teacher.temperature}, the objective's {objective.temperature}; "
+            "they have to be the same."
+        )
+
+    def transform(lm: LM) -> LM:
+        require_order(lm, "distill")
+        if quantised := [name for name, leaf in flatten(lm.params).items() if isinstance(leaf, QArray)]:
+            raise ValueError(f"{quantised[0]} is quantised; distil before quantising, or from the float checkpoint.")
+        vocabulary = teacher.vocab_size if isinstance(teacher, CachedTeacher) else teacher.cfg.vocab_size
+        if vocabulary != lm.cfg.vocab_size:
+            raise ValueError(f"The teacher has {vocabulary} tokens, the student {lm.cfg.vocab_size}; expected the same.")
+        tokens_NT, heldout_MT = windows(lm, text, heldout, length)
+        if cached:
+            seen = np.concatenate([tokens_NT, heldout_MT])
+            if describe(seen)["sha256"] != teacher.sha256:
+                raise ValueError(f"{teacher.path} has predictions of other windows; cache the teacher for these.")
+        rounded = {}
+        if quantize is not None:
+            wanted = assign(default_rules(quantize) if isinstance(quantize, str) else quantize, lm.info)
+            for name, fmt in wanted.items():
+                formats.check_group(formats.parse(fmt), lm.info[name].shape, lm.info[name].contracted, name)
+            rounded = wanted
+        if mesh is not None:
+            shard.check_mesh(lm.cfg, mesh, training.batch // training.accumulate, rules)
+        gradual = None
+        if sparsity is not None:
+            gradual = Gradual(cubic_schedule(sparsity, 0, max(1, training.steps // 2)))
+        layers = {}
+        if objective.hidden or objective.attention:
+            assert isinstance(teacher, LM)
+            layers = dict(layer_map or match_layers(lm.cfg.num_layers, teacher.cfg.num_layers))
+            _check_layers(layers, lm.cfg, teacher.cfg, objective)
+        weights = Weights(lm.cfg, training.rank, rounded)
+        known = teacher.cfg if isinstance(teacher, LM) else None
+        trainer = Trainer(weights, known, objective, training, layers, gradual, mesh, rules)
+        args = {
+            "teacher": _name(teacher),
+            "text": describe(tokens_NT),
+            "heldout": describe(heldout_MT),
+            "training": dataclasses.asdict(training),
+            "objective": dataclasses.asdict(objective),
+            "quantize": rounded and dict(quantize if isinstance(quantize, Mapping) else {".*": quantize}),
+            "sparsity": sparsity,
+            "layer_map": {str(mine): theirs for mine, theirs in layers.items()},
+            "on_policy": on_policy,
+        }
+        settings = args | {"student": _name(lm)}
+        every = save_every or max(1, training.steps // 10)
+        run = Run(trainer, tokens_NT, heldout_MT, every, keep, on_policy, path, settings)
+        given = teacher
+        if mesh is not None and isinstance(teacher, LM):
+            places = shard.param_shardings(teacher.cfg, teacher.params, mesh, rules)
+            given = dataclasses.replace(teacher, params=shard.put(teacher.params, places))
+        done = fit(run, lm, given, resume, log)
+        args |= {"best_step": done.step, "heldout_loss": [done.first_loss, done.heldout_loss]}
+        return record(lm, "distill", args, weights.paths(lm.params), params=done.params)
+
+    return transform
+
+
+def windows(lm: LM, text: Any, heldout: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(what is trained on, what is held out), of one length."""
+
+    def cut(given: Any) -> np.ndarray:
+        found = check_tokens(lm.cfg, token_windows(lm, given, length) if isinstance(given, str) else given)
+        if found.shape[1] < 2:
+            raise ValueError(f"The windows have {found.shape[1]} token; at least two are needed.")
+        return found
+
+    tokens_NT = cut(text)
+    if heldout is not None:
+        heldout_MT = cut(heldout)
+        if heldout_MT.shape[1] != tokens_NT.shape[1]:
+            raise ValueError(
+                f"The text's windows have {tokens_NT.shape[1]} tokens, the held-out ones {heldout_MT.shape[1]}; "
+                "expected the same. Is one of the texts shorter than a window?"
+            )
+        return tokens_NT, heldout_MT
+    if len(tokens_NT) < 2:
+        raise ValueError(f"The text has one window of {tokens_NT.shape[1]} tokens; give more, or a held-out text.")
+    count = max(1, round(_HELDOUT * len(tokens_NT)))
+    return tokens_NT[:-count], tokens_NT[-count:]
+
+
+def match_layers(student: int, teacher: int) -> dict[int, int]:
+    """Each of the student's layers with the teacher's at the same share of the depth; the last with the last."""
+    return {i: math.ceil((i + 1) * teacher / student) - 1 for i in range(student)}
+
+
+def _check_layers(layers: Mapping[int, int], mine: ModelConfig, theirs: ModelConfig, objective: Objective) -> None:
+    for student, teacher in layers.items():
+        if not (0 <= student < mine.num_layers and 0 <= teacher < theirs.num_layers):
+            raise ValueError(
+                f"layer_map has {student}: {teacher}; the student has layers 0 to {mine.num_layers - 1}, the teacher "
+                f"0 to {theirs.num_layers - 1}."
+            )
+    if objective.hidden and mine.embed_dim != theirs.embed_dim:
+        raise ValueError(
+            f"hidden compares residual streams, and the student's is {mine.embed_dim} wide, the teacher's "
+            f"{theirs.embed_dim}; use attention, which takes any width."
+        )
+
+
+def _name(lm: LM | CachedTeacher) -> Any:
+    """What tells two models apart, short: how they came about."""
+    if isinstance(lm, CachedTeacher):
+        return {"cached": lm.sha256, "k": lm.k, "temperature": lm.temperature}
+    state = repr([dataclasses.asdict(lm.cfg), [dataclasses.asdict(entry) for entry in lm.ledger]])
+    return hashlib.sha256(state.encode()).hexdigest()[:16]
+
+
+def smaller(teacher: LM, cfg: ModelConfig, layers: Mapping[int, int] | None = None) -> LM:
+    """A student of another shape that begins with the teacher's weights: of each axis the first channels or heads.
+
+    layers: {student's layer: teacher's layer} that it begins with; by default as `match_layers`.
+    Raises ValueError where the student is larger than the teacher, or has another vocabulary or head width.
+    """
+    layers = match_layers(cfg.num_layers, teacher.cfg.num_layers) if layers is None else layers
+    if sorted(layers) != list(range(cfg.num_layers)):
+        raise ValueError(f"layers names {sorted(layers)}; expected each of the student's {cfg.num_layers} once.")
+    if any(not 0 <= theirs < teacher.cfg.num_layers for theirs in layers.values()):
+        raise ValueError(f"layers are {dict(layers)}; the teacher has 0 to {teacher.cfg.num_layers - 1}.")
+    flat, params = flatten(teacher.params), {}
+    for path, info in LM(cfg, {}).info.items():
+        group, _, rest = path.partition("/")
+        source = f"layers_{layers[int(group[7:])]}/{rest}" if group.startswith("layers_") else path
+        w = flat.get(source)
+        if w is None or isinstance(w, QArray) or w.ndim != len(info.shape) or np.any(np.less(w.shape, info.shape)):
+            has = "nothing" if w is None else f"{getattr(w, 'shape', ())}"
+            raise ValueError(f"{path} is {info.shape} and the teacher has {has}; expected a float weight at least as large.")
+        params[path] = jnp.asarray(w[tuple(slice(0, size) for size in info.shape)], cfg.dtype)
+    args = {"teacher": _name(teacher), "layers": {str(mine): theirs for mine, theirs in layers.items()}}
+    return record(dataclasses.replace(teacher, cfg=cfg, ledger=()), "init", args, [*params], params=unflatten(params))
