@@ -1,8 +1,8 @@
 """Named models on named TPU slices: what the compiler predicts of each, or a bundle that the slice starts at once.
 
-Predictions, nothing was run on a TPU: int8 weights, batch 8, context 2048, libtpu 0.0.42. GB of a chip, of those it has;
-ms of a decode step, from the roofline to the compiler's estimate; TTFT of 8 prompts of 512 tokens; tokens a second of all
-sequences together; the batch that would fit at this context.
+Predictions, nothing was run on a TPU: int8 weights, batch 8, context 2048, libtpu 0.0.42. GB of a chip, of those it
+has; ms of a decode step, from the roofline to the compiler's estimate; TTFT of 8 prompts of 512 tokens; tokens a second
+of all sequences together; the batch that would fit at this context.
 
     recipe                 GB a chip      ms a step     TTFT ms     tokens/s   max batch
     llama-3.1-8b-v5e-4     3.0 of 16.9    3.00-4.62     78-211     1731-2663   171
