@@ -1,6 +1,6 @@
 """A decode step of Llama-3.1 with int8 weights, compiled for a TPU slice: ours beside jax-llm-examples'.
 
-Expected, with int8 caches: jaxllm 2.29 GB of arguments, 2.19 GB of memory a step and 3.45 ms of cycles, the other
+Expected, with int8 caches: jaxllm 2.29 GB of arguments, 2.19 GB of memory a step and 3.60 ms of cycles, the other
 3.33, 2.30 and 3.80; libtpu 0.0.42. The other's code is a checkout of github.com/jax-ml/jax-llm-examples, which needs
 `etils` and `flatbuffers`, or is left out.
 Nothing is run, and no TPU is needed; bytes are of one chip.

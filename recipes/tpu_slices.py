@@ -1,8 +1,20 @@
 """Named models on named TPU slices: what the compiler predicts of each, or a bundle that the slice starts at once.
 
-Predictions, nothing is run on a TPU: int8 weights, batch 8, context 2048. Bytes are of a chip; ms of a decode step,
-from the roofline to the compiler's estimate; tokens a second of all sequences together. Of two of them libtpu 0.0.42
-said: llama-3.1-8b-v5e-4 2.98 ms at least (2.55 GB of arguments a chip), llama-3.1-70b-v5e-16 7.2 to 9.5 ms.
+Predictions, nothing was run on a TPU: int8 weights, batch 8, context 2048, libtpu 0.0.42. GB of a chip, of those it
+has; ms of a decode step, from the roofline to the compiler's estimate; TTFT of 8 prompts of 512 tokens; tokens a second
+of all sequences together; the batch that would fit at this context.
+
+    recipe                 GB a chip      ms a step     TTFT ms     tokens/s   max batch
+    llama-3.1-8b-v5e-4     3.0 of 16.9    3.00-4.62     78-211     1731-2663   171
+    llama-3.1-8b-v6e-1    11.1 of 33.6    6.00-8.42     92-207      950-1332    73
+    llama-3.1-70b-v5e-16   5.9 of 16.9    6.42-8.70    188-658      920-1247   134
+    llama-3.1-70b-v6e-8   10.5 of 33.6    5.82-8.49     86-351      943-1375   216
+    qwen3-0.6b-v5e-1       3.0 of 16.9    3.10-7.10     67-157     1127-2577    59
+    qwen3-1.7b-v5e-1       4.2 of 16.9    4.50-7.97     70-204     1004-1779    54
+    qwen3-4b-v5e-1         7.4 of 16.9    8.02-12.62   176-493      634-997     33
+    qwen3-8b-v5e-4         3.2 of 16.9    3.11-5.16     79-232     1551-2575   154
+    qwen3-14b-v6e-1       18.7 of 33.6   10.31-15.90   151-366      503-776     42
+    qwen3-32b-v6e-4       10.2 of 33.6    5.64-8.63     90-274      928-1419   143
 
 Run: python recipes/tpu_slices.py                               the table, anew
      python recipes/tpu_slices.py llama-3.1-8b-v5e-4            all programs of one, whole, held to their contract
