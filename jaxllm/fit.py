@@ -1,4 +1,4 @@
-"""The loop around training steps: batches, checkpoints from which it goes on, the held-out loss, and a log of it all."""
+"""The loop around training steps: batches, checkpoints from which it goes on, the held-out loss, and a log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,18 @@ from jaxllm.training import State, Trainer
 _LOG_S = 10.0
 LOG = "log.csv"
 _SETTINGS = "run.json"
-_COLUMNS = ("step", "loss", "divergence", "ce", "hidden", "attention", "gradient_norm", "heldout_loss", "tokens_per_s", "use")
+_COLUMNS: tuple[str, ...] = (
+    "step",
+    "loss",
+    "divergence",
+    "ce",
+    "hidden",
+    "attention",
+    "gradient_norm",
+    "heldout_loss",
+    "tokens_per_s",
+    "use",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +44,8 @@ class Run:
     """What one training is made of, but for the weights.
 
     tokens_NT: windows that are trained on, by the shuffled epoch. heldout_MT: that are not. save_every: steps between
-    checkpoints, at each of which the held-out loss is measured. keep: how many of the best stay, beside the latest.
+    checkpoints, at each of which the held-out loss is measured. best_from: the first step that may count as the best.
+    keep: how many of the best stay, beside the latest.
     on_policy: the share of steps, in [0, 1], whose text the student draws itself after the first quarter of each window
     (Agarwal et al. 2024, GKD). path: of checkpoints and log; None for neither.
     """
@@ -42,6 +54,7 @@ class Run:
     tokens_NT: np.ndarray
     heldout_MT: np.ndarray
     save_every: int
+    best_from: int = 0
     keep: int = 1
     on_policy: float = 0.0
     path: Path | None = None
@@ -98,7 +111,7 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
             if (n + 1) % run.save_every == 0 or n + 1 == how.steps:
                 row["heldout_loss"] = heldout(state)
                 now_best = _Best(row["heldout_loss"], n + 1)
-                if now_best < best:
+                if now_best < best and n + 1 >= run.best_from:
                     best = now_best
                     if run.path is None:
                         kept = jax.device_get(state.weights)
@@ -209,7 +222,7 @@ class _Checkpoints:
         run.path.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(run.settings, indent=1) + "\n")
         policies = ocp.checkpoint_managers
-        best = policies.BestN(get_metric_fn=lambda metrics: metrics["heldout_loss"], reverse=True, n=run.keep)
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics["rank"], reverse=True, n=run.keep)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), best]),
             cleanup_tmp_directories=True,
@@ -234,7 +247,8 @@ class _Checkpoints:
             return
         args = self._ocp.args
         items = args.Composite(state=args.StandardSave(state), curve=args.JsonSave({"rows": curve}))
-        self._manager.save(step, args=items, metrics={"heldout_loss": heldout_loss})
+        rank = heldout_loss if step >= self._run.best_from else math.inf
+        self._manager.save(step, args=items, metrics={"rank": rank})
         half = self._run.path / f".{LOG}"
         with half.open("w", newline="") as file:
             writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
@@ -251,7 +265,8 @@ class _Checkpoints:
             step, args=args.Composite(state=args.StandardRestore(shapes), curve=args.JsonRestore())
         )
         curve = found["curve"]["rows"]
-        best = min(_Best(row["heldout_loss"], int(row["step"])) for row in curve[1:] if "heldout_loss" in row)
+        measured = [_Best(row["heldout_loss"], int(row["step"])) for row in curve[1:] if "heldout_loss" in row]
+        best = min((each for each in measured if each.step >= self._run.best_from), default=_Best(math.inf, 0))
         return found["state"], curve, best
 
 

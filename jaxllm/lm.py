@@ -77,7 +77,7 @@ def chain(*transforms: Transform) -> Transform:
 
 
 # (the stage that a transform leaves a model in, the last one that it may follow). Distillation changes nothing that
-# compacting, pruning or quantising would have to know of, but it trains float weights; a cache's precision is no weight's.
+# compacting, pruning or quantising would have to know of, but it trains float weights; a cache's precision is nobody's.
 _STAGES = {
     "load": (0, 0),
     "init": (0, 0),

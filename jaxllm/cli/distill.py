@@ -76,8 +76,7 @@ def distill(args: argparse.Namespace) -> dict[str, Any]:
 
 def _layer_map(spec: str) -> dict[int, int]:
     try:
-        pairs = [tuple(map(int, item.split("="))) for item in spec.split(",")]
-        return {mine: theirs for mine, theirs in pairs}
+        return dict(tuple(map(int, item.split("="))) for item in spec.split(","))  # pyright: ignore
     except ValueError:
         raise ValueError(f"--layer-map is {spec!r}; expected STUDENT=TEACHER,…: 0=1,1=3.") from None
 

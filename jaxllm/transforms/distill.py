@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -59,14 +58,14 @@ def distill(
         measured on and not trained on; by default the last twentieth of the windows.
     training, objective: how, and towards what; by default forward KL at temperature 1.
     quantize: weights are seen as `quantize` of the same rules would round them, so that doing it afterwards costs less.
-    sparsity: magnitude pruning to this fraction of each matrix while training, by `cubic_schedule`, done after half of
-        the steps; the zeros that are there count.
+    sparsity: magnitude pruning to this fraction of each matrix of the layers while training, by `cubic_schedule`, done
+        after half of the steps. Only what comes after that can be the result.
     layer_map: {layer: the teacher's layer} that the objective's `hidden` and `attention` compare; by default each layer
         with the one at the same share of the depth.
     on_policy: share of steps, in [0, 1], on text that the model being trained draws itself.
     mesh, rules: where weights and the batch are split; as of `compile`.
-    path: directory of checkpoints (every `save_every` steps, by default a tenth; the `keep` best by held-out loss, and the
-        latest) and of log.csv. resume: goes on with a run that is there; otherwise that is an error.
+    path: directory of checkpoints (every `save_every` steps, by default a tenth; the `keep` best by held-out loss, and
+        the latest) and of log.csv. resume: goes on with a run that is there; otherwise that is an error.
 
     The result has the weights of the least held-out loss. Its ledger entry cannot be replayed without the teacher.
     Raises ValueError for a model or teacher that this cannot train, or a combination that makes no sense, before any
@@ -96,9 +95,11 @@ def distill(
             raise ValueError(f"{quantised[0]} is quantised; distil before quantising, or from the float checkpoint.")
         vocabulary = teacher.vocab_size if isinstance(teacher, CachedTeacher) else teacher.cfg.vocab_size
         if vocabulary != lm.cfg.vocab_size:
-            raise ValueError(f"The teacher has {vocabulary} tokens, the student {lm.cfg.vocab_size}; expected the same.")
+            raise ValueError(
+                f"The teacher has {vocabulary} tokens, the student {lm.cfg.vocab_size}; expected the same."
+            )
         tokens_NT, heldout_MT = windows(lm, text, heldout, length)
-        if cached:
+        if isinstance(teacher, CachedTeacher):
             seen = np.concatenate([tokens_NT, heldout_MT])
             if describe(seen)["sha256"] != teacher.sha256:
                 raise ValueError(f"{teacher.path} has predictions of other windows; cache the teacher for these.")
@@ -110,9 +111,11 @@ def distill(
             rounded = wanted
         if mesh is not None:
             shard.check_mesh(lm.cfg, mesh, training.batch // training.accumulate, rules)
-        gradual = None
+        gradual, pruned = None, 0
         if sparsity is not None:
-            gradual = Gradual(cubic_schedule(sparsity, 0, max(1, training.steps // 2)))
+            pruned = max(1, training.steps // 2)
+            gradual = Gradual(cubic_schedule(sparsity, 0, pruned), every=max(1, training.steps // 50))
+            pruned += gradual.every  # by then no mask changes any more
         layers = {}
         if objective.hidden or objective.attention:
             assert isinstance(teacher, LM)
@@ -134,7 +137,7 @@ def distill(
         }
         settings = args | {"student": _name(lm)}
         every = save_every or max(1, training.steps // 10)
-        run = Run(trainer, tokens_NT, heldout_MT, every, keep, on_policy, path, settings)
+        run = Run(trainer, tokens_NT, heldout_MT, every, pruned, keep, on_policy, path, settings)
         given = teacher
         if mesh is not None and isinstance(teacher, LM):
             places = shard.param_shardings(teacher.cfg, teacher.params, mesh, rules)
@@ -215,7 +218,9 @@ def smaller(teacher: LM, cfg: ModelConfig, layers: Mapping[int, int] | None = No
         w = flat.get(source)
         if w is None or isinstance(w, QArray) or w.ndim != len(info.shape) or np.any(np.less(w.shape, info.shape)):
             has = "nothing" if w is None else f"{getattr(w, 'shape', ())}"
-            raise ValueError(f"{path} is {info.shape} and the teacher has {has}; expected a float weight at least as large.")
+            raise ValueError(
+                f"{path} is {info.shape} and the teacher has {has}; expected a float weight at least as large."
+            )
         params[path] = jnp.asarray(w[tuple(slice(0, size) for size in info.shape)], cfg.dtype)
     args = {"teacher": _name(teacher), "layers": {str(mine): theirs for mine, theirs in layers.items()}}
     return record(dataclasses.replace(teacher, cfg=cfg, ledger=()), "init", args, [*params], params=unflatten(params))
