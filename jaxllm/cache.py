@@ -127,11 +127,14 @@ def write(
     new_v_BTKH: Entries,
     positions_BT: jax.Array,
     first_slot: jax.Array | None = None,
+    *,
+    keep_layout: bool = False,
 ) -> LayerCache:
     """The same for a cache that is not split: before attention reads it.
 
     first_slot: int32 [], of a device that has a part of the slots, with T == 1: what belongs to others is left out.
         None where it has all.
+    keep_layout: for a TPU, whose compiler would lay a cache of many heads out anew in a loop, and back.
     """
     length = positions_BT.shape[1]
     if first_slot is not None:
@@ -147,7 +150,8 @@ def write(
         if length > 1:
             return lax.dynamic_update_slice_in_dim(old_BKSH, new_BKTH, positions_BT[0, 0], 2)
         put_rows = _scatter_rows if first_slot is not None else _update_rows
-        return lax.platform_dependent(old_BKSH, new_BKTH, positions_BT[:, 0], cuda=_scatter_rows, default=put_rows)
+        y_BKSH = lax.platform_dependent(old_BKSH, new_BKTH, positions_BT[:, 0], cuda=_scatter_rows, default=put_rows)
+        return with_layout_constraint(y_BKSH, Layout((0, 1, 2, 3))) if keep_layout else y_BKSH
 
     def scales(old_BKS: jax.Array, new_BKT: jax.Array) -> jax.Array:
         if length > 1:
@@ -158,13 +162,10 @@ def write(
 
 
 def _update_rows(old_BKSH: jax.Array, new_BK1H: jax.Array, at_B: jax.Array) -> jax.Array:
-    """A slot of each row, row by row. A TPU does so in place; to scatter it copies an int8 cache, and in a loop any.
-
-    In a loop it would also lay a cache of many heads out anew, and back, were its layout left to the compiler.
-    """
+    """A slot of each row, row by row. A TPU does so in place; to scatter it copies an int8 cache, and in a loop any."""
     for b in range(len(at_B)):
         old_BKSH = lax.dynamic_update_slice(old_BKSH, new_BK1H[b : b + 1], (b, 0, at_B[b], 0))
-    return with_layout_constraint(old_BKSH, Layout((0, 1, 2, 3)))
+    return old_BKSH
 
 
 def _scatter_rows(old_BKSH: jax.Array, new_BK1H: jax.Array, at_B: jax.Array) -> jax.Array:

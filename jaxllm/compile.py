@@ -21,7 +21,7 @@ from jaxllm.arrays import Contract
 from jaxllm.cache import Entries, KVCache, LayerCache, init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.hub import cache_dir
-from jaxllm.models.decoder import Decoder, residual_axes
+from jaxllm.models.decoder import Decoder, Write, residual_axes
 from jaxllm.params import Params
 from jaxllm.sample import Likeliest, Sampling, SamplingArrays, as_arrays, likeliest, next_token
 
@@ -194,7 +194,8 @@ class Lowering:
         self._make_state = functools.partial(_start if part.predicts else init_cache, cfg, batch, self.slots, split)
         self.state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state(split, part))
         self.params = sharded.abstract(params, sharded.params(params))
-        decoder = Decoder(cfg) if mesh is None else Decoder(cfg, sharded.constrain, sharded.write)
+        write = functools.partial(kv.write, keep_layout=platform == "tpu")
+        decoder = Decoder(cfg, write=write) if mesh is None else Decoder(cfg, sharded.constrain, sharded.write(write))
         fast = kernels.choose(self.params, platform, shard.axes_of(rules["batch"]))
         self._model = _Model(decoder, fast, likeliest if mesh is None else sharded.likeliest)
         self._probes = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in shard.axes_of(rules["batch"]))
@@ -308,25 +309,30 @@ class _Shardings:
         assert self.mesh is not None
         return lax.with_sharding_constraint(x, shard.sharding(self.mesh, self.rules, *axes))
 
-    def write(self, past: LayerCache, new_k_BTKH: Entries, new_v_BTKH: Entries, positions_BT: jax.Array) -> LayerCache:
-        """As `kv.write`. A token of each row is written by the devices that have the row, each for its own heads and
-        slots: the partitioner would send every row to all."""
-        if positions_BT.shape[1] > 1:
-            return kv.write(past, new_k_BTKH, new_v_BTKH, positions_BT)
+    def write(self, write: Callable[..., LayerCache]) -> Write:
+        """As `kv.write`, which is given. A token of each row is written by the devices that have the row, each for its
+        own heads and slots: the partitioner would send every row to all."""
         slot_axes = shard.axes_of(self.rules["slots"])
+        old, new, row = self.of("batch", "kv_heads", "slots"), self.of("batch", None, "kv_heads"), self.of("batch")
+        specs = [sharding.spec for sharding in (old, old, new, new, row)]
 
         def local(
             k: Entries, v: Entries, new_k: Entries, new_v: Entries, positions: jax.Array
         ) -> tuple[Entries, Entries]:
             slots = jax.tree.leaves(v)[0].shape[2]
             first_slot = lax.axis_index(slot_axes) * slots if slot_axes else None
-            written = kv.write(LayerCache(k, v, False), new_k, new_v, positions, first_slot)
+            written = write(LayerCache(k, v, False), new_k, new_v, positions, first_slot)
             return written.k, written.v
 
-        old, new, row = self.of("batch", "kv_heads", "slots"), self.of("batch", None, "kv_heads"), self.of("batch")
-        specs = [sharding.spec for sharding in (old, old, new, new, row)]
-        put = jax.shard_map(local, mesh=self.mesh, in_specs=tuple(specs), out_specs=(old.spec, old.spec))
-        return LayerCache(*put(past.k, past.v, new_k_BTKH, new_v_BTKH, positions_BT), split=False)
+        def over_mesh(
+            past: LayerCache, new_k_BTKH: Entries, new_v_BTKH: Entries, positions_BT: jax.Array
+        ) -> LayerCache:
+            if positions_BT.shape[1] > 1:
+                return kv.write(past, new_k_BTKH, new_v_BTKH, positions_BT)
+            put = jax.shard_map(local, mesh=self.mesh, in_specs=tuple(specs), out_specs=(old.spec, old.spec))
+            return LayerCache(*put(past.k, past.v, new_k_BTKH, new_v_BTKH, positions_BT), split=False)
+
+        return over_mesh
 
     def likeliest(self, logits_BV: jax.Array) -> jax.Array:
         """As `sample.likeliest`, with one exchange: each device gives the best of its part of the vocabulary."""

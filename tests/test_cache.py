@@ -162,7 +162,7 @@ def test_over_a_mesh_the_same_is_written(kind, at_BT, rules):
     at_BT = jnp.asarray(at_BT)
     past, k, v = a_write(kind, at_BT.shape[1])
     for sizes in ((2, 2, 1), (1, 2, 2)):
-        write = _Shardings(TINY, shard.make_mesh(*sizes), rules).write
+        write = _Shardings(TINY, shard.make_mesh(*sizes), rules).write(kv.write)
         written = jax.jit(lambda k, v, *new, write=write: write(LayerCache(k, v, False), *new)[:2])
         jax.tree.map(
             np.testing.assert_array_equal, written(past.k, past.v, k, v, at_BT), kv.write(past, k, v, at_BT)[:2]
