@@ -85,7 +85,7 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
     batches = _Batches(run, student, teacher)
     curve: list[dict[str, float]] = []
     with _Checkpoints(run, resume) as checkpoints:
-        best, kept = _Best(math.inf, 0), state.weights
+        best, kept = _Best(math.inf, 0), None
         if (at := checkpoints.latest) is not None:
             state, curve, best = checkpoints.restore(at, state)
             log(f"goes on after step {at} of {how.steps}")
@@ -98,11 +98,19 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
         length = run.tokens_NT.shape[1] - 1
         needed = trainer.flops(how.batch * length, length)
         began = said = time.perf_counter()
-        since = int(state.step)
+        since, program = int(state.step), None
         for n in range(since, how.steps):
             tokens_BT, scored_BT, top = batches(n, fixed, state)
+            batch = given if top is None else top, tokens_BT, scored_BT
+            if program is None:
+                program = step.lower(state, fixed, *batch).compile()
+                memory = program.memory_analysis()
+                log(
+                    f"a step takes {memory.temp_size_in_bytes / 1e9:.2f} GB beside "
+                    f"{memory.argument_size_in_bytes / 1e9:.2f} GB of weights, optimiser and teacher"
+                )
             start = time.perf_counter()
-            state, found = step(state, fixed, given if top is None else top, tokens_BT, scored_BT)
+            state, found = program(state, fixed, *batch)
             row = {name: float(value) for name, value in found.items()}
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(f"The loss of step {n + 1} is {row['loss']}. Lower the learning rate.")
@@ -127,8 +135,8 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
                     f"step {n + 1} of {how.steps}: loss {row['loss']:.4f}{shown}, {row['tokens_per_s']:.0f} tokens/s, "
                     f"{row['use']:.0%} of {peak / 1e9:.0f} GFLOP/s, {left / 60:.0f} min left"
                 )
-        weights = state.weights
-        if best.step != int(state.step):
+        weights: Any = state.weights
+        if best.step not in (0, int(state.step)):
             weights = kept if run.path is None else checkpoints.restore(best.step, state)[0].weights
         return Fitted(trainer.weights.finish(fixed, weights), best.step, best.loss, curve[0]["heldout_loss"], curve)
 

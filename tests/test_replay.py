@@ -247,10 +247,11 @@ def test_a_script_that_is_no_recipe_is_refused(tmp_path, code, message):
 ALL = {
     "compact": jaxllm.compact(ffn=0.75, calibration=TOKENS),
     "prune": jaxllm.prune(0.3),
+    "distill": lambda lm: jaxllm.distill(lm, TOKENS, jaxllm.Training(steps=1, batch=1))(lm),
     "quantize": jaxllm.quantize({r".*/mlp/.*": "int8"}),
     "quantize_kv": jaxllm.quantize_kv(),
 }
-REFUSED = {("prune", "compact"), ("quantize", "compact"), ("quantize", "prune")}
+REFUSED = {("prune", "compact"), ("quantize", "compact"), ("quantize", "prune"), ("quantize", "distill")}
 
 
 @pytest.mark.parametrize("later", ALL)

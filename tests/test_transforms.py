@@ -37,7 +37,7 @@ def test_the_ledger_tells_what_was_done(tiny):
     ],
 )
 def test_what_needs_float_weights_is_refused_after_quantize(tiny, format, name, after):
-    message = rf"{name} cannot follow quantize: .* The order is compact, prune, quantize; start from the original"
+    message = rf"{name} cannot follow quantize: .* The order is compact, prune, quantize, .* start from"
     with pytest.raises(ValueError, match=message):
         jaxllm.chain(jaxllm.quantize(format), after())(tiny)
 

@@ -115,7 +115,7 @@ def distill(
         if sparsity is not None:
             pruned = max(1, training.steps // 2)
             gradual = Gradual(cubic_schedule(sparsity, 0, pruned), every=max(1, training.steps // 50))
-            pruned += gradual.every  # by then no mask changes any more
+            pruned = min(pruned + gradual.every, training.steps)  # by then no mask changes any more
         layers = {}
         if objective.hidden or objective.attention:
             assert isinstance(teacher, LM)
