@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,14 +104,14 @@ class State(NamedTuple):
     step: jax.Array
 
 
-def keep_zeros() -> optax.GradientTransformation:
-    """The last of a chain: what is zero when training begins stays zero. The mask is part of the optimiser's state."""
+def keep_zeros(paths: Collection[str]) -> optax.GradientTransformation:
+    """The last of a chain: what is zero in these weights when training begins stays zero. The state has the masks."""
 
-    def init(weights: Any) -> Any:
-        return jax.tree.map(lambda w: w != 0, weights)
+    def init(weights: Mapping[str, jax.Array]) -> Any:
+        return {path: weights[path] != 0 for path in paths}
 
-    def update(updates: Any, mask: Any, weights: Any = None) -> tuple[Any, Any]:
-        return jax.tree.map(lambda u, kept: jnp.where(kept, u, 0), updates, mask), mask
+    def update(updates: Any, masks: Any, weights: Any = None) -> tuple[Any, Any]:
+        return {**updates, **{path: jnp.where(kept, updates[path], 0) for path, kept in masks.items()}}, masks
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -181,7 +181,7 @@ class Weights:
         if not self.rank:
             return dict(trained)
         flat = {path: leaf.astype(jnp.float32) for path, leaf in fixed.items()}
-        for path in {name.rpartition("/")[0] for name in trained}:
+        for path in dict.fromkeys(name.rpartition("/")[0] for name in trained):
             w = flat[path]
             change = (trained[f"{path}/b"] @ trained[f"{path}/a"]).reshape(w.shape)
             flat[path] = w + jnp.where(w == 0, 0, change)
@@ -269,7 +269,7 @@ class Trainer:
             pruned = {p: n for p, n in contracted.items() if re.fullmatch(self.gradual.match, p)}
             last = [prune_gradually(self.gradual, pruned)]
         elif not how.rank:
-            last = [keep_zeros()]
+            last = [keep_zeros(contracted)]
         return optax.chain(
             optax.clip_by_global_norm(how.clip),
             optax.adamw(how.schedule, how.beta1, how.beta2, weight_decay=how.weight_decay, mask=matrices),
