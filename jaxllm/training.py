@@ -26,7 +26,7 @@ from jaxllm.params import Params, flatten, unflatten
 from jaxllm.transforms.mask import choose, parse_pattern
 
 _RELATED = ("attn/q/w", "attn/k/w", "attn/v/w")  # whose results `relation_loss` compares
-_CHUNK = 128  # positions whose logits exist at a time
+_CHUNK = 256  # positions whose logits exist at a time
 
 
 @dataclasses.dataclass(frozen=True)

@@ -171,7 +171,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--top-k", type=int, help="keep the teacher's K likeliest tokens on disk, in OUT.teacher, first")
     sub.add_argument("--save-every", type=int, help="steps between checkpoints (default: a tenth)")
     sub.add_argument("--keep", type=int, default=1, help="best checkpoints that stay (default %(default)s)")
-    mesh(sub)
+    sub.add_argument("--mesh", metavar="data=4,model=2", help="devices to train on (default: one)")
 
     sub = command("search", "find the mix of precisions, channels, heads and layers that loses least within a budget")
     model(sub)
