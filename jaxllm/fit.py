@@ -80,7 +80,8 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
     trainer, how = run.trainer, run.trainer.training
     fixed, state = trainer.begin(student.params)
     given = teacher.params if isinstance(teacher, LM) else None
-    step = jax.jit(trainer.step, donate_argnums=0)
+    places = None if trainer.mesh is None else (jax.tree.map(lambda x: x.sharding, state), None)
+    step = jax.jit(trainer.step, donate_argnums=0, out_shardings=places)
     evaluate = jax.jit(lambda trained, fixed, *batch: trainer.losses(trained, fixed, *batch)[1]["loss"])
     batches = _Batches(run, student, teacher)
     curve: list[dict[str, float]] = []

@@ -345,7 +345,13 @@ class Trainer:
         """(what stays as it is, what the first step takes), on the mesh."""
         fixed, trained = self.weights.begin(params)
         fixed, trained = self._put(fixed), self._put(trained)
-        return fixed, State(trained, jax.jit(self.optimiser.init)(trained), jnp.int32(0))
+        state = State(trained, self.optimiser.init(trained), jnp.int32(0))  # not traced: moments lie where weights do
+        if self.mesh is not None:
+            everywhere = NamedSharding(self.mesh, P())
+            state = jax.tree.map(
+                lambda x: x if isinstance(x.sharding, NamedSharding) else jax.device_put(x, everywhere), state
+            )
+        return fixed, state
 
     def _put(self, flat: dict[str, jax.Array]) -> Any:
         if self.mesh is None:
