@@ -105,7 +105,7 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
             batch = given if top is None else top, tokens_BT, scored_BT
             if program is None:
                 program = step.lower(state, fixed, *batch).compile()
-                memory = program.memory_analysis()
+                memory: Any = program.memory_analysis()
                 log(
                     f"a step takes {memory.temp_size_in_bytes / 1e9:.2f} GB beside "
                     f"{memory.argument_size_in_bytes / 1e9:.2f} GB of weights, optimiser and teacher"

@@ -173,10 +173,10 @@ def test_a_student_may_write_its_own_text(student):
 
 
 RUN = """
-import sys, numpy as np, jaxllm, tests.test_distill as t
+import sys, pathlib, jaxllm, tests.test_distill as t
 student = jaxllm.smaller(t.TEACHER, t.dataclasses.replace(t.CFG, ffw_dim=32))
 how = t.dataclasses.replace(t.SHORT, steps=60)
-lm = jaxllm.distill(t.TEACHER, t.TOKENS, how, path=t.Path(sys.argv[1]), resume=True, save_every=3)(student)
+lm = jaxllm.distill(t.TEACHER, t.TOKENS, how, path=pathlib.Path(sys.argv[1]), resume=True, save_every=3)(student)
 jaxllm.save(lm, sys.argv[2])
 """
 
