@@ -16,14 +16,13 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxllm import cache as kv
-from jaxllm import kernels, shard, targets
-from jaxllm.arrays import Contract
-from jaxllm.cache import Entries, KVCache, LayerCache, init_cache
+from jaxllm import kernels, programs, shard, targets
+from jaxllm.cache import Entries, LayerCache, init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.hub import cache_dir
 from jaxllm.models.decoder import Decoder, Write, residual_axes
 from jaxllm.params import Params
-from jaxllm.sample import Likeliest, Sampling, SamplingArrays, as_arrays, likeliest, next_token
+from jaxllm.sample import Sampling, as_arrays, likeliest
 
 CHUNKS = (16, 64, 256)  # tokens of a prompt that one prefill call takes; the smallest that fits is used
 DONATING = ("prefill", "decode", "step")  # programs that are given the state, their second argument
@@ -33,19 +32,6 @@ STEPS = 8  # tokens that one decode call yields, at most
 # were most of a decode step's temporaries.
 _TPU_OPTIONS = {"xla_tpu_sliced_prefetch_max_slices": "0"}
 _log = logging.getLogger(__name__)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """What generation carries from one call to the next; donated to each."""
-
-    cache: KVCache
-    token_B: jax.Array  # int32: drawn, not yet fed to the model
-    row_B: jax.Array  # int32: which prompt of the request this is; chance depends on it
-    position_B: jax.Array  # int32: where token_B stands
-    done_B: jax.Array  # bool: token_B is a stop token
-    seen_BV: jax.Array  # bool: tokens of the prompt and the answer, for the repetition penalty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,13 +177,14 @@ class Lowering:
         self._sharded = sharded = _Shardings(cfg, mesh, rules)
         platform = platform or jax.default_backend()
         split = platform == "cpu"
-        self._make_state = functools.partial(_start if part.predicts else init_cache, cfg, batch, self.slots, split)
+        make_state = programs.start if part.predicts else init_cache
+        self._make_state = functools.partial(make_state, cfg, batch, self.slots, split)
         self.state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state(split, part))
         self.params = sharded.abstract(params, sharded.params(params))
         write = functools.partial(kv.write, keep_layout=platform == "tpu")
         decoder = Decoder(cfg, write=write) if mesh is None else Decoder(cfg, sharded.constrain, sharded.write(write))
         fast = kernels.choose(self.params, platform, shard.axes_of(rules["batch"]))
-        self._model = _Model(decoder, fast, likeliest if mesh is None else sharded.likeliest)
+        self._model = programs.Model(decoder, fast, likeliest if mesh is None else sharded.likeliest)
         self._probes = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in shard.axes_of(rules["batch"]))
 
     def serving(self, steps: int = STEPS) -> dict[str, Any]:
@@ -227,13 +214,13 @@ class Lowering:
     def function(self, kind: str, size: int = 0) -> Callable[..., Any]:
         """A program before it is traced. kind: a method's name; size: its argument."""
         if not self._part.predicts and kind != "start":
-            return functools.partial(_run, self._model)
+            return functools.partial(programs.run, self._model)
         return {
             "start": self._make_state,
-            "prefill": functools.partial(_prefill, self._model),
-            "decode": functools.partial(_decode, self._model, size),
-            "step": functools.partial(_step, self._model),
-            "probe": functools.partial(_probe, self._model),
+            "prefill": functools.partial(programs.prefill, self._model),
+            "decode": functools.partial(programs.decode, self._model, size),
+            "step": functools.partial(programs.step, self._model),
+            "probe": functools.partial(programs.probe, self._model),
         }[kind]
 
     def signature(self, kind: str, size: int = 0) -> tuple[tuple[Any, ...], Any]:
@@ -302,7 +289,7 @@ class _Shardings:
             return None
         row = self.of("batch")
         cache = shard.cache_shardings(self.cfg, self.mesh, split, self.rules)
-        return State(cache, row, row, row, row, self.of("batch", "vocab")) if part.predicts else cache
+        return programs.State(cache, row, row, row, row, self.of("batch", "vocab")) if part.predicts else cache
 
     def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
         """Pins an array with these logical axes; left free, propagation may split it and pay with collectives."""
@@ -358,112 +345,3 @@ class _Shardings:
         if self.mesh is None:
             return jax.eval_shape(lambda tree: tree, tree)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def _start(cfg: ModelConfig, batch: int, slots: int, split: bool) -> State:
-    def zeros(*shape: int, dtype: Any = jnp.int32) -> jax.Array:
-        return jnp.zeros((batch, *shape), dtype)  # a buffer each: all are donated
-
-    cache = init_cache(cfg, batch, slots, split)
-    return State(cache, zeros(), zeros(), zeros(), zeros(dtype=bool), zeros(cfg.vocab_size, dtype=bool))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Model:
-    """A decoder, and what stands for parts of it on the platform and mesh that it is traced for.
-
-    kernels: that contract its weights. likeliest: as of `next_token`.
-    """
-
-    decoder: Decoder
-    kernels: Mapping[str, Contract]
-    likeliest: Likeliest
-
-    def __call__(self, params: Params, *args: jax.Array | KVCache, method: str | None = None) -> tuple[jax.Array, Any]:
-        params = kernels.equip(params, self.kernels)
-        return self.decoder.apply({"params": params}, *args, method=method)  # pyright: ignore[reportReturnType]
-
-
-def _probe(model: _Model, params: Params, tokens_RT: jax.Array) -> jax.Array:
-    positions_RT = jnp.broadcast_to(jnp.arange(tokens_RT.shape[1]), tokens_RT.shape)
-    return model(params, tokens_RT, positions_RT)[0]
-
-
-def _prefill(
-    model: _Model,
-    params: Params,
-    state: State,
-    tokens_BC: jax.Array,
-    start: jax.Array,
-    lengths_B: jax.Array,
-    row_B: jax.Array,
-    how: SamplingArrays,
-    x_BCD: jax.Array | None = None,
-) -> tuple[State, jax.Array]:
-    batch, chunk = tokens_BC.shape
-    positions_BC = jnp.broadcast_to(start + jnp.arange(chunk), (batch, chunk))
-    last_B = lengths_B - 1 - start
-    x = tokens_BC if x_BCD is None else x_BCD
-    logits_B1V, cache = model(params, x, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1))
-    rows_B = jnp.arange(batch)
-    seen_BV = state.seen_BV.at[rows_B[:, None], tokens_BC].max(positions_BC < lengths_B[:, None])
-    ends_here_B = (last_B >= 0) & (last_B < chunk)
-    token_B = next_token(logits_B1V[:, 0], seen_BV, row_B, lengths_B, how, model.likeliest)
-    token_B = jnp.where(ends_here_B, token_B, state.token_B)
-    state = State(
-        cache=cache,
-        token_B=token_B,
-        row_B=row_B,
-        position_B=lengths_B,
-        done_B=(lengths_B == 0) | (jnp.isin(token_B, how.stop_tokens) & (last_B < chunk)),
-        seen_BV=seen_BV.at[rows_B, token_B].max(ends_here_B),
-    )
-    return state, token_B
-
-
-def _decode(
-    model: _Model, steps: int, params: Params, state: State, limit: jax.Array, how: SamplingArrays
-) -> tuple[State, jax.Array]:
-    def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
-        step, state, _ = carry
-        return (step < jnp.minimum(limit, steps)) & ~jnp.all(state.done_B)
-
-    def advance(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
-        step, state, out_BN = carry
-        state, token_B = _step(model, params, state, how)
-        return step + 1, state, lax.dynamic_update_slice_in_dim(out_BN, token_B[:, None], step, axis=1)
-
-    out_BN = jnp.full((state.token_B.shape[0], steps), -1, jnp.int32)
-    _, state, out_BN = lax.while_loop(unfinished, advance, (jnp.int32(0), state, out_BN))
-    return state, out_BN
-
-
-def _step(
-    model: _Model, params: Params, state: State, how: SamplingArrays, x_B1D: jax.Array | None = None
-) -> tuple[State, jax.Array]:
-    """The next token of each row; -1 where the row has ended."""
-    x = state.token_B[:, None] if x_B1D is None else x_B1D
-    logits_B1V, cache = model(params, x, state.position_B[:, None], state.cache)
-    token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how, model.likeliest)
-    # A row that has ended stands still: it writes the same slot again, and nothing reads it.
-    token_B = jnp.where(state.done_B, state.token_B, token_B)
-    after = State(
-        cache=cache,
-        token_B=token_B,
-        row_B=state.row_B,
-        position_B=jnp.where(state.done_B, state.position_B, state.position_B + 1),
-        done_B=state.done_B | jnp.isin(token_B, how.stop_tokens),
-        # Not a scatter, which for one row has to gather a vocabulary that is split.
-        seen_BV=state.seen_BV | (jnp.arange(state.seen_BV.shape[1])[None] == token_B[:, None]),
-    )
-    return after, jnp.where(state.done_B, -1, token_B)
-
-
-def _run(
-    model: _Model, params: Params, cache: KVCache, x: jax.Array, position_B: jax.Array
-) -> tuple[KVCache, jax.Array]:
-    """Layers whose result others go on with. x: tokens, [B] or [B, T], or the residual stream [B, T, D]."""
-    x = x[:, None] if x.ndim == 1 else x
-    positions_BT = position_B[:, None] + jnp.arange(x.shape[1])[None]
-    x_BTD, cache = model(params, x, positions_BT, cache, method="run")
-    return cache, x_BTD

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -17,7 +18,6 @@ import numpy as np
 from jaxllm import measure
 from jaxllm.generate import compile as compile_engine
 from jaxllm.lm import LM
-from jaxllm.losses import TopTokens
 from jaxllm.params import Params
 from jaxllm.teachers import CachedTeacher
 from jaxllm.training import State, Trainer
@@ -79,7 +79,6 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
     """
     trainer, how = run.trainer, run.trainer.training
     fixed, state = trainer.begin(student.params)
-    given = teacher.params if isinstance(teacher, LM) else None
     places = None if trainer.mesh is None else (jax.tree.map(lambda x: x.sharding, state), None)
     step = jax.jit(trainer.step, donate_argnums=0, out_shardings=places)
     evaluate = jax.jit(lambda trained, fixed, *batch: trainer.losses(trained, fixed, *batch)[1]["loss"])
@@ -90,7 +89,7 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
         if (at := checkpoints.latest) is not None:
             state, curve, best = checkpoints.restore(at, state)
             log(f"goes on after step {at} of {how.steps}")
-        heldout = _Heldout(run, evaluate, fixed, given, teacher)
+        heldout = functools.partial(_heldout_loss, run, evaluate, batches, fixed)
         if not curve:
             first = heldout(state)
             curve.append({"step": 0, "heldout_loss": first})
@@ -101,8 +100,7 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
         began = said = time.perf_counter()
         since, program = int(state.step), None
         for n in range(since, how.steps):
-            tokens_BT, scored_BT, top = batches(n, fixed, state)
-            batch = given if top is None else top, tokens_BT, scored_BT
+            batch = batches(n, fixed, state)
             if program is None:
                 program = step.lower(state, fixed, *batch).compile()
                 memory: Any = program.memory_analysis()
@@ -160,15 +158,18 @@ class _Batches:
         self._rows = rows.repeat().batch(how.batch)
         self._engine: Any = None
 
-    def __call__(self, n: int, fixed: Any, state: State) -> tuple[np.ndarray, np.ndarray, TopTokens | None]:
+    def __call__(self, n: int, fixed: Any, state: State) -> tuple[Any, np.ndarray, np.ndarray]:
+        """What the teacher gives, tokens [B, T], and which of them are predicted."""
         rows_B = np.asarray(self._rows[n])
         tokens_BT = self._run.tokens_NT[rows_B]
-        if isinstance(self._teacher, CachedTeacher):
-            return tokens_BT, np.ones(tokens_BT.shape, bool), self._teacher.rows(rows_B)
-        chance = np.random.default_rng((self._run.trainer.training.seed, n)).random()
-        if chance >= self._run.on_policy:
-            return tokens_BT, np.ones(tokens_BT.shape, bool), None
-        return *self._drawn(n, tokens_BT, fixed, state), None
+        scored_BT = np.ones(tokens_BT.shape, bool)
+        if np.random.default_rng((self._run.trainer.training.seed, n)).random() < self._run.on_policy:
+            tokens_BT, scored_BT = self._drawn(n, tokens_BT, fixed, state)
+        return self.teacher(rows_B), tokens_BT, scored_BT
+
+    def teacher(self, rows_B: np.ndarray) -> Any:
+        """Its weights, or what it said of these windows; the held-out ones come after the others."""
+        return self._teacher.params if isinstance(self._teacher, LM) else self._teacher.rows(rows_B)
 
     def _drawn(self, n: int, tokens_BT: np.ndarray, fixed: Any, state: State) -> tuple[np.ndarray, np.ndarray]:
         """The windows' first quarter, and what the student says to it."""
@@ -186,27 +187,17 @@ class _Batches:
         return np.concatenate([tokens_BT[:, :given], drawn], axis=1), scored_BT
 
 
-class _Heldout:
+def _heldout_loss(run: Run, evaluate: Any, batches: _Batches, fixed: Any, state: State) -> float:
     """The objective's mean over the held-out windows."""
-
-    def __init__(self, run: Run, evaluate: Any, fixed: Any, given: Any, teacher: LM | CachedTeacher):
-        self._run, self._evaluate, self._fixed, self._given, self._teacher = run, evaluate, fixed, given, teacher
-
-    def __call__(self, state: State) -> float:
-        windows, batch = self._run.heldout_MT, self._run.trainer.training.batch
-        total, count = 0.0, 0
-        for start in range(0, len(windows), batch):
-            some = windows[start : start + batch]
-            scored = np.zeros((batch, windows.shape[1]), bool)
-            scored[: len(some)] = True
-            tokens = np.concatenate([some, np.repeat(some[:1], batch - len(some), axis=0)])
-            given = self._given
-            if isinstance(self._teacher, CachedTeacher):  # whose last windows are the held-out ones
-                rows = len(self._run.tokens_NT) + start + np.minimum(np.arange(batch), len(some) - 1)
-                given = self._teacher.rows(rows)
-            total += float(self._evaluate(state.weights, self._fixed, given, tokens, scored)) * len(some)
-            count += len(some)
-        return total / count
+    windows, batch = run.heldout_MT, run.trainer.training.batch
+    total = 0.0
+    for start in range(0, len(windows), batch):
+        count = min(batch, len(windows) - start)
+        rows_B = start + np.minimum(np.arange(batch), count - 1)  # the last batch is filled up with what is not scored
+        scored_BT = np.broadcast_to((np.arange(batch) < count)[:, None], (batch, windows.shape[1]))
+        given = batches.teacher(len(run.tokens_NT) + rows_B)
+        total += count * float(evaluate(state.weights, fixed, given, windows[rows_B], scored_BT))
+    return total / len(windows)
 
 
 class _Checkpoints:
@@ -283,3 +274,19 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a run's log.csv."""
     with path.open(newline="") as file:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def plot(curve: list[dict[str, float]], path: Path) -> None:
+    """The loss of each step and the held-out one, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.subplots()
+    steps, held = ([row for row in curve if name in row] for name in ("loss", "heldout_loss"))
+    axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], lw=0.8, alpha=0.5, label="training")
+    axes.plot([row["step"] for row in held], [row["heldout_loss"] for row in held], "o-", ms=3, label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

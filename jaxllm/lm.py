@@ -108,10 +108,14 @@ def check_order(done: Sequence[str], name: str) -> None:
 def record(lm: LM, name: str, args: Mapping[str, Any], touched: Iterable[str], **changes: Any) -> LM:
     """The model with `changes` and one more line in its ledger."""
     counts = Counter(re.sub(r"\d+", "N", path) for path in touched)
-    state = [dataclasses.asdict(lm.cfg), [dataclasses.asdict(entry) for entry in lm.ledger]]
-    parent = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
     args = json.loads(json.dumps(args))  # equal to what a saved ledger is read back as: a tuple is a list
-    return dataclasses.replace(lm, ledger=(*lm.ledger, Entry(name, args, dict(counts), parent)), **changes)
+    return dataclasses.replace(lm, ledger=(*lm.ledger, Entry(name, args, dict(counts), fingerprint(lm))), **changes)
+
+
+def fingerprint(lm: LM) -> str:
+    """What tells models apart by their config and how they came about: 16 hexadecimal digits. Weights are not read."""
+    state = [dataclasses.asdict(lm.cfg), [dataclasses.asdict(entry) for entry in lm.ledger]]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def init(cfg: ModelConfig, seed: int = 0) -> LM:

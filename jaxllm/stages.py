@@ -21,10 +21,11 @@ from jax.sharding import Mesh
 
 from jaxllm import shard
 from jaxllm.cache import KVCache
-from jaxllm.compile import STEPS, Lowering, Part, Programs, State, use_compilation_cache
+from jaxllm.compile import STEPS, Lowering, Part, Programs, use_compilation_cache
 from jaxllm.config import WIDTHS, ModelConfig
 from jaxllm.lm import param_info
 from jaxllm.params import Params
+from jaxllm.programs import State
 from jaxllm.sample import SamplingArrays
 
 

@@ -105,7 +105,7 @@ class State(NamedTuple):
 
 
 def keep_zeros(paths: Collection[str]) -> optax.GradientTransformation:
-    """The last of a chain: what is zero in these weights when training begins stays zero. The state has the masks."""
+    """At the end of a chain: what is zero in these weights when training begins stays zero. The state has the masks."""
 
     def init(weights: Mapping[str, jax.Array]) -> Any:
         return {path: weights[path] != 0 for path in paths}
@@ -264,12 +264,10 @@ class Trainer:
         def matrices(weights: Mapping[str, Any]) -> dict[str, bool]:
             return {path: w.ndim > 1 for path, w in weights.items()}
 
-        last = []
+        last = [] if how.rank else [keep_zeros(contracted)]
         if self.gradual is not None:
             pruned = {p: n for p, n in contracted.items() if re.fullmatch(self.gradual.match, p)}
-            last = [prune_gradually(self.gradual, pruned)]
-        elif not how.rank:
-            last = [keep_zeros(contracted)]
+            last.append(prune_gradually(self.gradual, pruned))
         return optax.chain(
             optax.clip_by_global_norm(how.clip),
             optax.adamw(how.schedule, how.beta1, how.beta2, weight_decay=how.weight_decay, mask=matrices),

@@ -23,8 +23,7 @@ from rich.table import Table
 
 import jaxllm
 from jaxllm.cli.common import log
-from jaxllm.cli.distill import plot
-from jaxllm.fit import LOG, read_log
+from jaxllm.fit import LOG, plot, read_log
 from jaxllm.hub import cache_dir
 from jaxllm.params import flatten
 

@@ -102,6 +102,14 @@ def test_pruning_while_training_ends_at_the_sparsity_asked_for():
         assert zeros == pytest.approx(0.5 if inside else 0, abs=1e-3), path
 
 
+def test_what_was_zero_before_stays_so_while_more_is_pruned():
+    pruned = jaxllm.prune(0.3)(TEACHER)
+    lm = jaxllm.distill(TEACHER, TOKENS, SHORT, sparsity=0.5)(pruned)
+    for before, after in zip(*map(jax.tree.leaves, (pruned.params, lm.params)), strict=True):
+        assert not np.any((before == 0) & (after != 0))
+    assert float(jnp.mean(lm.params["layers_0"]["mlp"]["up"]["w"] == 0)) == pytest.approx(0.5, abs=1e-3)
+
+
 def test_training_that_knows_of_rounding_loses_less_to_it(student):
     losses = []
     for quantize in (None, "int4-g16"):
@@ -230,9 +238,11 @@ def test_distilling_stands_before_quantising(student):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
+        ({"mesh": jaxllm.make_mesh(data=3)}, "batch=4 does not divide"),
         ({"on_policy": 2.0}, "on_policy is 2.0"),
         ({"sparsity": 1.0}, "sparsity is 1.0"),
         ({"save_every": 0}, "save_every is 0"),
+        ({"keep": 0}, "keep is 0"),
         ({"heldout": TOKENS[:, :5]}, "held-out ones 5"),
         ({"objective": jaxllm.Objective(hidden=1.0), "layer_map": {0: 9}}, "layer_map has 0: 9"),
         ({"quantize": "int4-g48"}, "48"),
@@ -248,7 +258,7 @@ def test_what_makes_no_sense_is_refused_before_training(student, given, said):
 
 def test_the_command_trains_and_draws_the_curve(tiny_text, tmp_path, capsys):
     jaxllm.save(tiny_text, tmp_path / "teacher")
-    jaxllm.save(jaxllm.compact(ffn=0.5)(tiny_text), tmp_path / "student")
+    jaxllm.save(jaxllm.prune(0.5)(tiny_text), tmp_path / "student")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
     argv = ["distill", "--teacher", str(tmp_path / "teacher"), "--student", str(tmp_path / "student")]
     argv += ["--text", str(tmp_path / "text.txt"), "--tokens", "32", "--batch", "4", "--steps", "6", "--json"]

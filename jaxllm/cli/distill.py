@@ -6,12 +6,11 @@ import argparse
 import dataclasses
 from typing import Any
 
-import matplotlib
 import numpy as np
 
 import jaxllm
 from jaxllm.cli import common
-from jaxllm.fit import LOG, read_log
+from jaxllm.fit import LOG, plot, read_log
 from jaxllm.lm import LM
 from jaxllm.textfiles import read_text
 from jaxllm.transforms.distill import windows
@@ -62,8 +61,7 @@ def distill(args: argparse.Namespace) -> dict[str, Any]:
         log=common.log,
     )(student)
     jaxllm.save(trained, args.out)
-    curve = read_log(run / LOG)
-    plot(curve, args.out / "curve.png")
+    plot(read_log(run / LOG), args.out / "curve.png")
     before, after = trained.ledger[-1].args["heldout_loss"]
     common.log(f"saved {args.out}; held-out loss {before:.4f} before, {after:.4f} after; {run} may be removed")
     print(f"held-out loss {before:.4f} -> {after:.4f} (step {trained.ledger[-1].args['best_step']} of {args.steps})")
@@ -79,21 +77,3 @@ def _layer_map(spec: str) -> dict[int, int]:
         return dict(tuple(map(int, item.split("="))) for item in spec.split(","))  # pyright: ignore
     except ValueError:
         raise ValueError(f"--layer-map is {spec!r}; expected STUDENT=TEACHER,…: 0=1,1=3.") from None
-
-
-def plot(curve: list[dict[str, float]], path: Any) -> None:
-    """The loss of each step and the held-out one, as a PNG."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
-    steps = [row for row in curve if "loss" in row]
-    held = [row for row in curve if "heldout_loss" in row]
-    axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], lw=0.8, alpha=0.5, label="training")
-    axes.plot([row["step"] for row in held], [row["heldout_loss"] for row in held], "o-", ms=3, label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)

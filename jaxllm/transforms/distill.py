@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from jaxllm.calibrate import describe
 from jaxllm.config import ModelConfig
 from jaxllm.evaluate import token_windows
 from jaxllm.fit import Run, fit
-from jaxllm.lm import LM, Transform, check_tokens, record, require_order
+from jaxllm.lm import LM, Transform, check_tokens, fingerprint, record, require_order
 from jaxllm.losses import Objective
 from jaxllm.params import assign, flatten, unflatten
 from jaxllm.teachers import CachedTeacher
@@ -78,8 +77,9 @@ def distill(
         raise ValueError(f"sparsity is {sparsity}; expected a fraction in (0, 1).")
     if sparsity is not None and training.rank:
         raise ValueError("sparsity and rank exclude each other: a low-rank change cannot zero weights.")
-    if save_every is not None and save_every < 1:
-        raise ValueError(f"save_every is {save_every}; expected a positive number of steps.")
+    for name, value in {"save_every": save_every, "keep": keep}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; expected a positive number.")
     cached = isinstance(teacher, CachedTeacher)
     if cached and (on_policy or objective.hidden or objective.attention):
         raise ValueError("A cached teacher has predictions of its text alone: no on_policy, hidden or attention.")
@@ -91,8 +91,6 @@ def distill(
 
     def transform(lm: LM) -> LM:
         require_order(lm, "distill")
-        if quantised := [name for name, leaf in flatten(lm.params).items() if isinstance(leaf, QArray)]:
-            raise ValueError(f"{quantised[0]} is quantised; distil before quantising, or from the float checkpoint.")
         vocabulary = teacher.vocab_size if isinstance(teacher, CachedTeacher) else teacher.cfg.vocab_size
         if vocabulary != lm.cfg.vocab_size:
             raise ValueError(
@@ -103,14 +101,14 @@ def distill(
             seen = np.concatenate([tokens_NT, heldout_MT])
             if describe(seen)["sha256"] != teacher.sha256:
                 raise ValueError(f"{teacher.path} has predictions of other windows; cache the teacher for these.")
-        rounded = {}
+        rounded: dict[str, str] = {}
         if quantize is not None:
-            wanted = assign(default_rules(quantize) if isinstance(quantize, str) else quantize, lm.info)
-            for name, fmt in wanted.items():
+            rounded = assign(default_rules(quantize) if isinstance(quantize, str) else quantize, lm.info)
+            for name, fmt in rounded.items():
                 formats.check_group(formats.parse(fmt), lm.info[name].shape, lm.info[name].contracted, name)
-            rounded = wanted
         if mesh is not None:
-            shard.check_mesh(lm.cfg, mesh, training.batch // training.accumulate, rules)
+            for cfg in [lm.cfg, teacher.cfg] if isinstance(teacher, LM) else [lm.cfg]:
+                shard.check_mesh(cfg, mesh, training.batch // training.accumulate, rules)
         gradual, pruned = None, 0
         if sparsity is not None:
             pruned = max(1, training.steps // 2)
@@ -130,12 +128,12 @@ def distill(
             "heldout": describe(heldout_MT),
             "training": dataclasses.asdict(training),
             "objective": dataclasses.asdict(objective),
-            "quantize": rounded and dict(quantize if isinstance(quantize, Mapping) else {".*": quantize}),
+            "quantize": dict(quantize) if isinstance(quantize, Mapping) else quantize,
             "sparsity": sparsity,
             "layer_map": {str(mine): theirs for mine, theirs in layers.items()},
             "on_policy": on_policy,
         }
-        settings = args | {"student": _name(lm)}
+        settings = args | {"student": fingerprint(lm)}
         every = save_every or max(1, training.steps // 10)
         run = Run(trainer, tokens_NT, heldout_MT, every, pruned, keep, on_policy, path, settings)
         given = teacher
@@ -192,12 +190,10 @@ def _check_layers(layers: Mapping[int, int], mine: ModelConfig, theirs: ModelCon
         )
 
 
-def _name(lm: LM | CachedTeacher) -> Any:
-    """What tells two models apart, short: how they came about."""
-    if isinstance(lm, CachedTeacher):
-        return {"cached": lm.sha256, "k": lm.k, "temperature": lm.temperature}
-    state = repr([dataclasses.asdict(lm.cfg), [dataclasses.asdict(entry) for entry in lm.ledger]])
-    return hashlib.sha256(state.encode()).hexdigest()[:16]
+def _name(teacher: LM | CachedTeacher) -> Any:
+    if isinstance(teacher, CachedTeacher):
+        return {"cached": teacher.sha256, "k": teacher.k, "temperature": teacher.temperature}
+    return fingerprint(teacher)
 
 
 def smaller(teacher: LM, cfg: ModelConfig, layers: Mapping[int, int] | None = None) -> LM:
@@ -222,5 +218,5 @@ def smaller(teacher: LM, cfg: ModelConfig, layers: Mapping[int, int] | None = No
                 f"{path} is {info.shape} and the teacher has {has}; expected a float weight at least as large."
             )
         params[path] = jnp.asarray(w[tuple(slice(0, size) for size in info.shape)], cfg.dtype)
-    args = {"teacher": _name(teacher), "layers": {str(mine): theirs for mine, theirs in layers.items()}}
+    args = {"teacher": fingerprint(teacher), "layers": {str(mine): theirs for mine, theirs in layers.items()}}
     return record(dataclasses.replace(teacher, cfg=cfg, ledger=()), "init", args, [*params], params=unflatten(params))
