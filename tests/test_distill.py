@@ -21,12 +21,18 @@ from tests.conftest import TINY
 CFG = dataclasses.replace(TINY, num_layers=2)
 TEACHER = jaxllm.init(CFG, seed=1)
 TOKENS = np.random.default_rng(0).integers(0, 256, (20, 17)).astype(np.int32)
+HELD = TOKENS[:4]
 SHORT = jaxllm.Training(steps=12, batch=4, learning_rate=3e-3)
 
 
 @pytest.fixture(scope="module")
 def student():
     return jaxllm.smaller(TEACHER, dataclasses.replace(CFG, ffw_dim=32))
+
+
+@pytest.fixture(scope="module")
+def plain(student):
+    return jaxllm.distill(TEACHER, TOKENS, SHORT, heldout=HELD)(student)
 
 
 def same(one, other):
@@ -39,40 +45,32 @@ def gain(lm):
     return 1 - after / before
 
 
-def test_a_student_comes_nearer_to_its_teacher(student):
-    lm = jaxllm.distill(TEACHER, TOKENS, SHORT, heldout=TOKENS[:4])(student)
-    assert gain(lm) > 0.3
-    loss = lm.ledger[-1].args["heldout_loss"][1]
-    assert jaxllm.compare(lm, TEACHER, TOKENS[:4]).kl == pytest.approx(loss, rel=1e-3)  # another way to compute it
-    assert jax.tree.map(jnp.shape, lm.params) == jax.tree.map(jnp.shape, student.params)
-    assert lm.ledger[-1].name == "distill"
+def test_a_student_comes_nearer_to_its_teacher(student, plain):
+    assert gain(plain) > 0.3
+    loss = plain.ledger[-1].args["heldout_loss"][1]
+    assert jaxllm.compare(plain, TEACHER, HELD).kl == pytest.approx(loss, rel=1e-3)  # another way to compute it
+    assert jax.tree.map(jnp.shape, plain.params) == jax.tree.map(jnp.shape, student.params)
+    assert plain.ledger[-1].name == "distill"
 
 
-@pytest.mark.parametrize(
-    "how",
-    [{"accumulate": 2}, {"remat": True}],
-)
-def test_memory_is_saved_without_another_result(student, how):
-    plain = jaxllm.distill(TEACHER, TOKENS, SHORT)(student)
-    saving = jaxllm.distill(TEACHER, TOKENS, dataclasses.replace(SHORT, **how))(student)
+@pytest.mark.parametrize("how", [{"accumulate": 2}, {"remat": True}])
+def test_memory_is_saved_without_another_result(student, plain, how):
+    saving = jaxllm.distill(TEACHER, TOKENS, dataclasses.replace(SHORT, **how), heldout=HELD)(student)
     for mine, theirs in zip(*map(jax.tree.leaves, (plain.params, saving.params)), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=2e-4)
 
 
-@pytest.mark.parametrize("mesh", [{"data": 2, "model": 2}, {"data": 4}])
-@pytest.mark.parametrize("rules", ["tensor", "fully"])
-def test_over_a_mesh_the_same_is_trained(student, mesh, rules):
-    plain = jaxllm.distill(TEACHER, TOKENS, SHORT)(student)
-    spread = jaxllm.distill(TEACHER, TOKENS, SHORT, mesh=jaxllm.make_mesh(**mesh), rules=jaxllm.shard.TABLES[rules])(
-        student
-    )
+@pytest.mark.parametrize(("rules", "mesh"), [("tensor", {"data": 2, "model": 2}), ("fully", {"data": 4})])
+def test_over_a_mesh_the_same_is_trained(student, plain, rules, mesh):
+    over = {"mesh": jaxllm.make_mesh(**mesh), "rules": jaxllm.shard.TABLES[rules]}
+    spread = jaxllm.distill(TEACHER, TOKENS, SHORT, heldout=HELD, **over)(student)
     assert spread.ledger[-1].args["heldout_loss"] == pytest.approx(plain.ledger[-1].args["heldout_loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_zeros_stay_and_nothing_else_becomes_zero(pattern):
     pruned = jaxllm.prune(0.5, pattern=pattern)(TEACHER)
-    lm = jaxllm.distill(TEACHER, TOKENS, dataclasses.replace(SHORT, weight_decay=0.1), heldout=TOKENS[:4])(pruned)
+    lm = jaxllm.distill(TEACHER, TOKENS, dataclasses.replace(SHORT, weight_decay=0.1), heldout=HELD)(pruned)
     assert gain(lm) > 0.1
     for before, after in zip(*map(jax.tree.leaves, (pruned.params, lm.params)), strict=True):
         np.testing.assert_array_equal(before == 0, after == 0)
@@ -81,7 +79,7 @@ def test_zeros_stay_and_nothing_else_becomes_zero(pattern):
 def test_a_low_rank_change_keeps_zeros_and_everything_outside_the_layers():
     pruned = jaxllm.prune(0.5)(TEACHER)
     how = dataclasses.replace(SHORT, rank=4, learning_rate=1e-2)
-    lm = jaxllm.distill(TEACHER, TOKENS, how, heldout=TOKENS[:4])(pruned)
+    lm = jaxllm.distill(TEACHER, TOKENS, how, heldout=HELD)(pruned)
     assert gain(lm) > 0.03
     before, after = flatten(pruned.params), flatten(lm.params)
     for path, info in lm.info.items():
@@ -110,15 +108,13 @@ def test_what_was_zero_before_stays_so_while_more_is_pruned():
     assert float(jnp.mean(lm.params["layers_0"]["mlp"]["up"]["w"] == 0)) == pytest.approx(0.5, abs=1e-3)
 
 
-def test_training_that_knows_of_rounding_loses_less_to_it(student):
-    losses = []
-    for quantize in (None, "int4-g16"):
-        lm = jaxllm.distill(TEACHER, TOKENS, SHORT, quantize=quantize, heldout=TOKENS[:4])(student)
-        assert not any("QArray" in type(leaf).__name__ for leaf in flatten(lm.params).values())
-        losses.append(jaxllm.compare(jaxllm.quantize("int4-g16")(lm), TEACHER, TOKENS[:4]).kl)
-    assert losses[1] < losses[0]
+def test_training_that_knows_of_rounding_loses_less_to_it(student, plain):
+    lm = jaxllm.distill(TEACHER, TOKENS, SHORT, quantize="int4-g16", heldout=HELD)(student)
+    assert not any("QArray" in type(leaf).__name__ for leaf in flatten(lm.params).values())
+    unaware, aware = (jaxllm.compare(jaxllm.quantize("int4-g16")(each), TEACHER, HELD).kl for each in (plain, lm))
+    assert aware < unaware
     # What training saw is what quantising makes: its last held-out loss is that of the quantised model.
-    assert lm.ledger[-1].args["heldout_loss"][1] == pytest.approx(losses[1], rel=0.02)
+    assert lm.ledger[-1].args["heldout_loss"][1] == pytest.approx(aware, rel=0.02)
 
 
 def test_layers_are_matched(student):
@@ -136,14 +132,13 @@ def test_layers_are_matched(student):
         jaxllm.distill(TEACHER, TOKENS, SHORT, jaxllm.Objective(hidden=1.0))(both)
 
 
-def test_a_cached_teacher_of_many_tokens_teaches_what_a_live_one_does(student, tmp_path):
-    live = jaxllm.distill(TEACHER, TOKENS, SHORT)(student)
-    cached = jaxllm.cache_teacher(TEACHER, TOKENS, tmp_path / "t", k=255)
-    lm = jaxllm.distill(cached, TOKENS, SHORT)(student)
-    assert lm.ledger[-1].args["heldout_loss"] == pytest.approx(live.ledger[-1].args["heldout_loss"], rel=1e-3)
-    both = np.concatenate([TOKENS, TOKENS[:4]])
+def test_a_cached_teacher_of_many_tokens_teaches_what_a_live_one_does(student, plain, tmp_path):
+    both = np.concatenate([TOKENS, HELD])
+    many = jaxllm.cache_teacher(TEACHER, both, tmp_path / "many", k=255)
+    lm = jaxllm.distill(many, TOKENS, SHORT, heldout=HELD)(student)
+    assert lm.ledger[-1].args["heldout_loss"] == pytest.approx(plain.ledger[-1].args["heldout_loss"], rel=1e-3)
     few = jaxllm.open_teacher(jaxllm.cache_teacher(TEACHER, both, tmp_path / "few", k=64).path)
-    assert gain(jaxllm.distill(few, TOKENS, SHORT, heldout=TOKENS[:4])(student)) > 0.1
+    assert gain(jaxllm.distill(few, TOKENS, SHORT, heldout=HELD)(student)) > 0.1
     with pytest.raises(ValueError, match="other windows"):
         jaxllm.distill(few, TOKENS[:10], SHORT)(student)
     with pytest.raises(ValueError, match=r"temperature is 1\.0, the objective's 2\.0"):
@@ -174,10 +169,10 @@ def test_a_cache_that_was_cut_off_goes_on(tmp_path, monkeypatch):
         cached.rows(np.array([70]))
 
 
-def test_a_student_may_write_its_own_text(student):
-    lm = jaxllm.distill(TEACHER, TOKENS, SHORT, on_policy=1.0, heldout=TOKENS[:4])(student)
+def test_a_student_may_write_its_own_text(student, plain):
+    lm = jaxllm.distill(TEACHER, TOKENS, SHORT, on_policy=1.0, heldout=HELD)(student)
     assert gain(lm) > 0.01
-    assert not same(lm, jaxllm.distill(TEACHER, TOKENS, SHORT, heldout=TOKENS[:4])(student))
+    assert not same(lm, plain)
 
 
 RUN = """

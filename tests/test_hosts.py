@@ -79,7 +79,7 @@ class Processes:
             self.coordinator = f"localhost:{free.getsockname()[1]}"
         self.env = os.environ | {
             "PYTHONPATH": str(Path(__file__).parents[1]),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"]),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         self.all: list[subprocess.Popen] = []
