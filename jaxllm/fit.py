@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import dataclasses
 import functools
 import json
 import math
+import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +25,7 @@ from jaxllm.teachers import CachedTeacher
 from jaxllm.training import State, Trainer
 
 _LOG_S = 10.0
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
 LOG = "log.csv"
 _SETTINGS = "run.json"
 _COLUMNS: tuple[str, ...] = (
@@ -37,6 +40,18 @@ _COLUMNS: tuple[str, ...] = (
     "tokens_per_s",
     "use",
 )
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc's malloc keep what is freed for the next use, from all threads; elsewhere does nothing.
+
+    A step on the CPU takes and frees gigabytes. Given back to the system and taken anew they are filled with zeros each
+    time: a tenth to a quarter of a step's time for SmolLM2-135M. To be called before JAX makes its threads.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+            libc.mallopt(option, value)
 
 
 @dataclasses.dataclass(frozen=True)

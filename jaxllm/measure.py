@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 import time
 from collections.abc import Callable, Mapping
 
@@ -122,14 +123,19 @@ def read_bandwidth(megabytes: int = 512) -> float:
 
 @functools.cache
 def matmul_rate(dtype: str = "float32") -> float:
-    """FLOPs a second of the default device's matmuls in a type: the best of a few sizes. Takes seconds on a CPU."""
+    """FLOPs a second of the default device's matmuls in a type, sustained: the best median of a few sizes.
+
+    Takes a second on a CPU.
+    """
     best = 0.0
     for size in (1024, 2048):
         x = jax.jit(lambda size=size: jnp.ones((size, size), dtype))()
         multiply = jax.jit(lambda x: x @ x)
         jax.block_until_ready(multiply(x))
-        for _ in range(5):
+        times = []
+        for _ in range(9):
             start = time.perf_counter()
             jax.block_until_ready(multiply(x))
-            best = max(best, 2.0 * size**3 / (time.perf_counter() - start))
+            times.append(time.perf_counter() - start)
+        best = max(best, 2.0 * size**3 / statistics.median(times))
     return best

@@ -23,7 +23,7 @@ from rich.table import Table
 
 import jaxllm
 from jaxllm.cli.common import log
-from jaxllm.fit import LOG, plot, read_log
+from jaxllm.fit import LOG, keep_freed_memory, plot, read_log
 from jaxllm.hub import cache_dir
 from jaxllm.params import flatten
 
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     out = args.out or Path(f"recover-{args.change}")
+    keep_freed_memory()
     began = time.perf_counter()
     original = jaxllm.load("smollm2-135m")
     texts = passages() if args.text is None else [jaxllm.read_text(args.text)]

@@ -10,7 +10,7 @@ import numpy as np
 
 import jaxllm
 from jaxllm.cli import common
-from jaxllm.fit import LOG, plot, read_log
+from jaxllm.fit import LOG, keep_freed_memory, plot, read_log
 from jaxllm.lm import LM
 from jaxllm.textfiles import read_text
 from jaxllm.transforms.distill import windows
@@ -18,6 +18,7 @@ from jaxllm.transforms.distill import windows
 
 def distill(args: argparse.Namespace) -> dict[str, Any]:
     common.check_out(args.out)
+    keep_freed_memory()
     training = jaxllm.Training(
         steps=args.steps,
         batch=args.batch,
