@@ -109,11 +109,11 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
             first = heldout(state)
             curve.append({"step": 0, "heldout_loss": first})
             log(f"held-out loss before training {first:.4f}")
-        peak = measure.matmul_rate(student.cfg.dtype)
+        devices = 1 if trainer.mesh is None else trainer.mesh.size
+        peak = devices * measure.matmul_rate(student.cfg.dtype)
         length = run.tokens_NT.shape[1] - 1
         needed = trainer.flops(how.batch * length, length)
-        began = said = time.perf_counter()
-        since, program = int(state.step), None
+        since, program, began, said = int(state.step), None, 0.0, 0.0
         for n in range(since, how.steps):
             batch = batches(n, fixed, state)
             if program is None:
@@ -123,6 +123,7 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
                     f"a step takes {memory.temp_size_in_bytes / 1e9:.2f} GB beside "
                     f"{memory.argument_size_in_bytes / 1e9:.2f} GB of weights, optimiser and teacher"
                 )
+                began = time.perf_counter()
             start = time.perf_counter()
             state, found = program(state, fixed, *batch)
             row = {name: float(value) for name, value in found.items()}
