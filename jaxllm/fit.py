@@ -46,7 +46,8 @@ def keep_freed_memory() -> None:
     """Lets glibc's malloc keep what is freed for the next use, from all threads; elsewhere does nothing.
 
     A step on the CPU takes and frees gigabytes. Given back to the system and taken anew they are filled with zeros each
-    time: a tenth to a quarter of a step's time for SmolLM2-135M. To be called before JAX makes its threads.
+    time: a tenth to a quarter of a step's time for SmolLM2-135M. In return the process stays as large as it ever was.
+    To be called before JAX makes its threads.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

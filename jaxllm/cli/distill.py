@@ -39,17 +39,17 @@ def distill(args: argparse.Namespace) -> dict[str, Any]:
     mesh = common.mesh(args.mesh)
     student = common.load(args.student, args.dtype)
     teacher: Any = common.load(args.teacher, args.dtype)
+    tokens_NT, heldout_MT = windows(student, text, heldout, args.tokens)
     if args.top_k is not None:
-        seen = np.concatenate(windows(student, text, heldout, args.tokens))
+        seen = np.concatenate([tokens_NT, heldout_MT])
         cache = args.out.parent / f"{args.out.name}.teacher"
         teacher = jaxllm.cache_teacher(teacher, seen, cache, args.top_k, args.temperature, common.log)
     trained: LM = jaxllm.distill(
         teacher,
-        text,
+        tokens_NT,
         training,
         objective,
-        heldout=heldout,
-        length=args.tokens,
+        heldout=heldout_MT,
         quantize=args.quantize,
         sparsity=args.sparsity,
         layer_map=layer_map,
