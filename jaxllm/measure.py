@@ -125,12 +125,12 @@ def read_bandwidth(megabytes: int = 512) -> float:
 def matmul_rate(dtype: str = "float32") -> float:
     """FLOPs a second of the default device's matmuls in a type, sustained: the best median of a few sizes.
 
-    Takes a second on a CPU.
+    Sums come out in float32, which is what XLA on CPU has a fast kernel of bfloat16 for. Takes a second on a CPU.
     """
     best = 0.0
     for size in (1024, 2048):
         x = jax.jit(lambda size=size: jnp.ones((size, size), dtype))()
-        multiply = jax.jit(lambda x: x @ x)
+        multiply = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
         jax.block_until_ready(multiply(x))
         times = []
         for _ in range(9):

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -161,3 +162,37 @@ def test_filled_rows_change_nothing(rows, name):
     ids = jnp.arange(rows[0] * rows[1]).reshape(rows) % 12
     if name != "w8a8":
         np.testing.assert_array_equal(arrays._look_up_tpu(w, ids, jnp.float32), arrays._look_up(w, ids, jnp.float32))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 3, 5), (7, 64, 33), (130, 96, 40)])
+def test_gradients_of_bfloat16_are_those_of_float32(shape):
+    rows, columns, outputs = shape
+    x, w = weight((rows, columns)).astype(jnp.bfloat16), weight((outputs, columns), seed=2).astype(jnp.bfloat16)
+    up = weight((rows, outputs), seed=3).astype(jnp.bfloat16).astype(jnp.float32)
+
+    def loss(x, w):
+        return jnp.sum(arrays.einsum("bK,nK->bn", x, w, jnp.float32) * up)
+
+    for found, exact in zip(
+        jax.jit(jax.grad(loss, (0, 1)))(x, w),
+        jax.grad(loss, (0, 1))(x.astype(jnp.float32), w.astype(jnp.float32)),
+        strict=True,
+    ):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
+def test_gradients_of_bfloat16_are_matmuls_of_bfloat16():
+    """At twice the rate: also where what comes before or after would have them transposed."""
+    x, w = jnp.ones((4, 32, 48), jnp.bfloat16), jnp.ones((8, 16, 48), jnp.bfloat16)
+
+    def loss(x, w):
+        y = arrays.einsum("BTD,NHD->BTNH", x.transpose(1, 0, 2), w)
+        return jnp.sum(y.astype(jnp.float32).transpose(2, 3, 1, 0) ** 2)
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile()
+    jax.block_until_ready(compiled(x, w))
+    text = compiled.as_text()
+    types = dict(re.findall(r"%(\S+) = (\w+)\[", text))
+    operands = [types[name] for pair in re.findall(r" dot\(%(\S+), %(\S+)\)", text) for name in pair]
+    assert operands == ["bf16"] * 6

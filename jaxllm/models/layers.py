@@ -139,7 +139,8 @@ def attend(q_BTNH: jax.Array, parts: Sequence[Part], positions_BT: jax.Array, wi
         scores.append(jnp.where(seen_BTS[:, None, None], scores_BKGTS, -jnp.inf))
 
     # One softmax over all parts, each summed where it is: joining them would copy the past.
-    highest = functools.reduce(jnp.maximum, (jnp.max(part, axis=-1, keepdims=True) for part in scores))
+    tops = (jnp.max(part, axis=-1, keepdims=True) for part in scores)
+    highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))  # it cancels out: no gradient is due
     total, y_BKGTH = jnp.zeros_like(highest), jnp.zeros(q_BKGTH.shape, jnp.float32)
     for scores_BKGTS, part in zip(scores, parts, strict=True):
         weights = jnp.exp(scores_BKGTS - highest)
