@@ -114,10 +114,10 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
         peak = devices * measure.matmul_rate(student.cfg.dtype)
         length = run.tokens_NT.shape[1] - 1
         needed = trainer.flops(how.batch * length, length)
-        since, program, began, said = int(state.step), None, 0.0, 0.0
+        since, program, batch, began, said = int(state.step), None, (), 0.0, 0.0
         for n in range(since, how.steps):
-            batch = batches(n, fixed, state)
             if program is None:
+                batch = batches(n, fixed, state)
                 program = step.lower(state, fixed, *batch).compile()
                 memory: Any = program.memory_analysis()
                 log(
@@ -127,6 +127,8 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
                 began = time.perf_counter()
             start = time.perf_counter()
             state, found = program(state, fixed, *batch)
+            if n + 1 < how.steps:
+                batch = batches(n + 1, fixed, state)  # while the device is at this step
             row = {name: float(value) for name, value in found.items()}
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(f"The loss of step {n + 1} is {row['loss']}. Lower the learning rate.")
