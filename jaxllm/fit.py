@@ -26,7 +26,7 @@ from jaxllm.training import State, Trainer
 
 _LOG_S = 10.0
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
-LOG = "log.csv"
+LOG, CURVE = "log.csv", "curve.png"
 _SETTINGS = "run.json"
 _COLUMNS: tuple[str, ...] = (
     "step",
@@ -104,6 +104,7 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
         best, kept = _Best(math.inf, 0), None
         if (at := checkpoints.latest) is not None:
             state, curve, best = checkpoints.restore(at, state)
+            checkpoints.write_log(curve)
             log(f"goes on after step {at} of {how.steps}")
         heldout = functools.partial(_heldout_loss, run, evaluate, batches, fixed)
         if not curve:
@@ -136,9 +137,8 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
             row |= {"step": n + 1, "tokens_per_s": how.batch * length / took, "use": needed / took / peak}
             if (n + 1) % run.save_every == 0 or n + 1 == how.steps:
                 row["heldout_loss"] = heldout(state)
-                now_best = _Best(row["heldout_loss"], n + 1)
-                if now_best < best and n + 1 >= run.best_from:
-                    best = now_best
+                if row["heldout_loss"] <= best.loss and n + 1 >= run.best_from:
+                    best = _Best(row["heldout_loss"], n + 1)
                     if run.path is None:
                         kept = jax.device_get(state.weights)
             curve.append(row)
@@ -153,13 +153,18 @@ def fit(run: Run, student: LM, teacher: LM | CachedTeacher, resume: bool, log: C
                     f"step {n + 1} of {how.steps}: loss {row['loss']:.4f}{shown}, {row['tokens_per_s']:.0f} tokens/s, "
                     f"{row['use']:.0%} of {peak / 1e9:.0f} GFLOP/s, {left / 60:.0f} min left"
                 )
+        first = curve[0]["heldout_loss"]
+        if best.step == 0:
+            raise FloatingPointError("The held-out loss was never a number. Lower the learning rate.")
+        if best.loss >= first and not run.best_from:
+            log(f"no step was better than none: {first:.4f} before, {best.loss:.4f} at best. Lower the learning rate.")
         weights: Any = state.weights
-        if best.step not in (0, int(state.step)):
+        if best.step != int(state.step):
             weights = kept if run.path is None else checkpoints.restore(best.step, state)[0].weights
-        return Fitted(trainer.weights.finish(fixed, weights), best.step, best.loss, curve[0]["heldout_loss"], curve)
+        return Fitted(trainer.weights.finish(fixed, weights), best.step, best.loss, first, curve)
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+@dataclasses.dataclass(frozen=True)
 class _Best:
     loss: float
     step: int
@@ -182,24 +187,26 @@ class _Batches:
         rows_B = np.asarray(self._rows[n])
         tokens_BT = self._run.tokens_NT[rows_B]
         scored_BT = np.ones(tokens_BT.shape, bool)
-        if np.random.default_rng((self._run.trainer.training.seed, n)).random() < self._run.on_policy:
-            tokens_BT, scored_BT = self._drawn(n, tokens_BT, fixed, state)
+        chance = np.random.default_rng((self._run.trainer.training.seed, n))
+        if chance.random() < self._run.on_policy:
+            tokens_BT, scored_BT = self._drawn(int(chance.integers(2**31)), tokens_BT, fixed, state)
         return self.teacher(rows_B), tokens_BT, scored_BT
 
     def teacher(self, rows_B: np.ndarray) -> Any:
         """Its weights, or what it said of these windows; the held-out ones come after the others."""
         return self._teacher.params if isinstance(self._teacher, LM) else self._teacher.rows(rows_B)
 
-    def _drawn(self, n: int, tokens_BT: np.ndarray, fixed: Any, state: State) -> tuple[np.ndarray, np.ndarray]:
+    def _drawn(self, seed: int, tokens_BT: np.ndarray, fixed: Any, state: State) -> tuple[np.ndarray, np.ndarray]:
         """The windows' first quarter, and what the student says to it."""
-        params = self._run.trainer.weights.finish(fixed, state.weights)
+        trainer = self._run.trainer
+        params = trainer.weights.model(fixed, state.weights)
         batch, length = tokens_BT.shape
         if self._engine is None:
             made = dataclasses.replace(self._student, params=params)
-            self._engine = compile_engine(made, batch=batch, max_len=length)
+            self._engine = compile_engine(made, batch=batch, max_len=length, mesh=trainer.mesh, rules=trainer.rules)
         engine, given = dataclasses.replace(self._engine, params=params), max(1, length // 4)
         results = engine.generate(
-            tokens_BT[:, :given].tolist(), max_new_tokens=length - given, stop_tokens=(), temperature=1.0, seed=n
+            tokens_BT[:, :given].tolist(), max_new_tokens=length - given, stop_tokens=(), temperature=1.0, seed=seed
         )
         drawn = np.array([result.tokens for result in results], np.int32)
         scored_BT = np.broadcast_to(np.arange(length) >= given, tokens_BT.shape)
@@ -232,14 +239,20 @@ class _Checkpoints:
         if file.exists():
             if not resume:
                 raise FileExistsError(f"{run.path} holds a run already. Go on with it by --resume, or remove it.")
-            there = json.loads(file.read_text())
+            try:
+                there = json.loads(file.read_text())
+            except ValueError as error:
+                raise ValueError(f"{file} is damaged: {error}. Remove {run.path} to begin anew.") from error
             if other := [name for name in run.settings if there.get(name) != run.settings[name]]:
                 raise ValueError(
                     f"{run.path} holds a run with another {other[0]}: {there.get(other[0])}, not "
                     f"{run.settings[other[0]]}. Give the same options to go on with it, or remove it."
                 )
-        run.path.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(run.settings, indent=1) + "\n")
+        else:
+            run.path.mkdir(parents=True, exist_ok=True)
+            half = file.with_suffix(".half")
+            half.write_text(json.dumps(run.settings, indent=1) + "\n")
+            half.replace(file)
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=lambda metrics: metrics["rank"], reverse=True, n=run.keep)
         options = ocp.CheckpointManagerOptions(
@@ -266,8 +279,12 @@ class _Checkpoints:
             return
         args = self._ocp.args
         items = args.Composite(state=args.StandardSave(state), curve=args.JsonSave({"rows": curve}))
-        rank = heldout_loss if step >= self._run.best_from else math.inf
-        self._manager.save(step, args=items, metrics={"rank": rank})
+        counts = step >= self._run.best_from and math.isfinite(heldout_loss)
+        self._manager.save(step, args=items, metrics={"rank": heldout_loss if counts else math.inf})
+        self.write_log(curve)
+
+    def write_log(self, curve: list[dict[str, float]]) -> None:
+        assert self._run.path is not None
         half = self._run.path / f".{LOG}"
         with half.open("w", newline="") as file:
             writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
@@ -276,16 +293,19 @@ class _Checkpoints:
         half.replace(self._run.path / LOG)
 
     def restore(self, step: int, state: State) -> tuple[State, list[dict[str, float]], _Best]:
+        """What was saved, where `state` lies, which is gone then: two of them may be more than there is room for."""
         assert self._manager is not None
         self._manager.wait_until_finished()
         args = self._ocp.args
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        jax.tree.map(lambda x: x.delete(), state)
         found = self._manager.restore(
             step, args=args.Composite(state=args.StandardRestore(shapes), curve=args.JsonRestore())
         )
         curve = found["curve"]["rows"]
         measured = [_Best(row["heldout_loss"], int(row["step"])) for row in curve[1:] if "heldout_loss" in row]
-        best = min((each for each in measured if each.step >= self._run.best_from), default=_Best(math.inf, 0))
+        good = [each for each in measured if each.step >= self._run.best_from and math.isfinite(each.loss)]
+        best = min(good, key=lambda each: (each.loss, -each.step), default=_Best(math.inf, 0))
         return found["state"], curve, best
 
 

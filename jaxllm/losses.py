@@ -138,14 +138,15 @@ class Objective:
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {expected}.")
 
-    def tokens(self, student_MV: jax.Array, teacher: jax.Array | TopTokens, targets_M: jax.Array) -> Mapping[str, Any]:
-        """By name, of each token, [M]: "loss", what the layers add left out; "divergence", at τ; "ce"."""
-        log_q, log_p = events(student_MV, teacher, self.temperature)
+    def tokens(self, student: jax.Array, teacher: jax.Array | TopTokens, targets: jax.Array) -> Mapping[str, Any]:
+        """Of logits [..., V] and ids [...], by name, of each token: "loss", what the layers add left out; "divergence",
+        at τ; "ce"."""
+        log_q, log_p = events(student, teacher, self.temperature)
         kind = DIVERGENCES[self.divergence]
-        divergence_M = kind(log_q, log_p, self.beta) if kind is jensen_shannon else kind(log_q, log_p)
-        ce_M = cross_entropy(student_MV, targets_M)
-        loss_M = (1 - self.ce) * self.temperature**2 * divergence_M + self.ce * ce_M
-        return {"loss": loss_M, "divergence": divergence_M, "ce": ce_M}
+        divergence = kind(log_q, log_p, self.beta) if kind is jensen_shannon else kind(log_q, log_p)
+        ce = cross_entropy(student, targets)
+        loss = (1 - self.ce) * self.temperature**2 * divergence + self.ce * ce
+        return {"loss": loss, "divergence": divergence, "ce": ce}
 
 
 DIVERGENCES: Mapping[str, Callable[..., jax.Array]] = {
@@ -156,22 +157,21 @@ Part = Callable[[Any, jax.Array, Any, Any], Mapping[str, jax.Array]]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def in_chunks(part: Part, size: int, weights: Any, x_MD: jax.Array, rows: Any, others: Any) -> Mapping[str, jax.Array]:
-    """The sums of what `part` gives, computed for `size` rows of x at a time.
+def in_chunks(part: Part, size: int, weights: Any, x: jax.Array, rows: Any, others: Any) -> Mapping[str, jax.Array]:
+    """The sums of what `part` gives, computed for `size` entries of x's first axis at a time.
 
-    part: (weights, x [size, D], rows, others) -> {name: float32 [size]}, of which "loss" alone has a gradient, with
+    part: (weights, x [size, …], rows, others) -> {name: float32 [size, …]}, of which "loss" alone has a gradient, with
         respect to weights and x. rows: arrays whose first axis goes along with x's. others: passed on whole.
 
     Gradients are made on the way forward, while a chunk's logits are there: they are neither kept nor made twice. A run
-    holds one chunk's logits and a gradient of `weights`. Rows are filled up with zeros to whole chunks, of which `part`
-    has to make nothing: `rows` should say which count.
+    holds one chunk's logits and a gradient of `weights`, summed in float32. The first axis is filled up with zeros to
+    whole chunks, of which `part` has to make nothing: `rows` should say which count.
     """
-    chunks = _chunks(size, (x_MD, rows))
+    chunks = _chunks(size, (x, rows))
     first = jax.tree.map(lambda x: x[0], chunks)
 
     def one(sums: Any, chunk: Any) -> tuple[Any, None]:
-        x_CD, of = chunk
-        found = jax.tree.map(jnp.sum, part(weights, x_CD, of, others))
+        found = jax.tree.map(jnp.sum, part(weights, *chunk, others))
         return jax.tree.map(jnp.add, sums, found), None
 
     shapes = jax.eval_shape(lambda chunk: part(weights, chunk[0], chunk[1], others), first)
@@ -179,22 +179,22 @@ def in_chunks(part: Part, size: int, weights: Any, x_MD: jax.Array, rows: Any, o
     return sums
 
 
-def _forward(part: Part, size: int, weights: Any, x_MD: jax.Array, rows: Any, others: Any) -> Any:
-    def loss(weights: Any, x_CD: jax.Array, of: Any) -> tuple[jax.Array, Any]:
-        found = jax.tree.map(jnp.sum, part(weights, x_CD, of, others))
+def _forward(part: Part, size: int, weights: Any, x: jax.Array, rows: Any, others: Any) -> Any:
+    def loss(weights: Any, x: jax.Array, of: Any) -> tuple[jax.Array, Any]:
+        found = jax.tree.map(jnp.sum, part(weights, x, of, others))
         return found["loss"], found
 
     def one(carry: Any, chunk: Any) -> tuple[Any, jax.Array]:
-        x_CD, of = chunk
-        (_, found), (d_weights, d_x_CD) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(weights, x_CD, of)
-        return jax.tree.map(jnp.add, carry, (found, d_weights)), d_x_CD
+        (_, found), (d_weights, d_x) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(weights, *chunk)
+        d_weights = jax.tree.map(lambda g: g.astype(jnp.float32), d_weights)
+        return jax.tree.map(jnp.add, carry, (found, d_weights)), d_x
 
-    chunks = _chunks(size, (x_MD, rows))
-    x_CD, of = jax.tree.map(lambda x: x[0], chunks)
-    shapes = jax.eval_shape(loss, weights, x_CD, of)[1]
-    start = jax.tree.map(lambda _: jnp.float32(0), shapes), jax.tree.map(jnp.zeros_like, weights)
+    chunks = _chunks(size, (x, rows))
+    shapes = jax.eval_shape(loss, weights, *jax.tree.map(lambda x: x[0], chunks))[1]
+    start = jax.tree.map(lambda _: jnp.float32(0), shapes), jax.tree.map(lambda w: jnp.zeros(w.shape), weights)
     (sums, d_weights), d_x = lax.scan(one, start, chunks)
-    return sums, (d_weights, d_x.reshape(-1, x_MD.shape[1])[: len(x_MD)])
+    d_weights = jax.tree.map(lambda g, w: g.astype(w.dtype), d_weights, weights)
+    return sums, (d_weights, d_x.reshape(-1, *x.shape[1:])[: len(x)])
 
 
 def _backward(part: Part, size: int, gradients: Any, upstream: Any) -> tuple[Any, ...]:
@@ -206,7 +206,7 @@ in_chunks.defvjp(_forward, _backward)
 
 
 def _chunks(size: int, tree: Any) -> Any:
-    """[M, …] as [chunks, size, …]."""
+    """[n, …] as [chunks, size, …]."""
 
     def cut(x: jax.Array) -> jax.Array:
         filled = jnp.pad(x, [(0, -len(x) % size), *[(0, 0)] * (x.ndim - 1)])

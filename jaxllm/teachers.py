@@ -66,10 +66,7 @@ def cache_teacher(
     Raises ValueError when `path` holds another teacher's, or for other windows, k or temperature.
     """
     tokens_NT = check_tokens(teacher.cfg, tokens_NT)
-    if not 1 <= k < teacher.cfg.vocab_size:
-        raise ValueError(f"k is {k}; expected 1 to {teacher.cfg.vocab_size - 1}, fewer than the vocabulary.")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature is {temperature}; expected a number above 0.")
+    check_top(k, teacher.cfg.vocab_size, temperature)
     path = Path(path)
     manifest = {
         "version": _VERSION,
@@ -81,14 +78,20 @@ def cache_teacher(
     }
     file = path / _MANIFEST
     if file.exists():
-        there = json.loads(file.read_text())
+        try:
+            there = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {error}. Remove {path} to begin anew.") from error
         if other := [name for name in manifest if there.get(name) != manifest[name]]:
             raise ValueError(
                 f"{path} was written with another {other[0]}: {there.get(other[0])}, not {manifest[other[0]]}. "
                 "Remove it, or choose another directory."
             )
-    path.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(manifest, indent=1) + "\n")
+    else:
+        path.mkdir(parents=True, exist_ok=True)
+        half = file.with_suffix(".half")
+        half.write_text(json.dumps(manifest, indent=1) + "\n")
+        half.replace(file)
     shorten = jax.jit(lambda x: top_tokens(x, k, temperature))
     for start in range(0, len(tokens_NT), _SHARD):
         file = path / _shard_name(start // _SHARD)
@@ -101,6 +104,14 @@ def cache_teacher(
         half.replace(file)
         log(f"teacher: {min(start + _SHARD, len(tokens_NT))} of {len(tokens_NT)} windows")
     return open_teacher(path)
+
+
+def check_top(k: int, vocab_size: int, temperature: float) -> None:
+    """Raises ValueError where there are no k likeliest tokens and others, or no such temperature."""
+    if not 1 <= k < vocab_size:
+        raise ValueError(f"k is {k}; expected 1 to {vocab_size - 1}, fewer than the vocabulary.")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}; expected a number above 0.")
 
 
 def open_teacher(path: str | os.PathLike[str]) -> CachedTeacher:

@@ -26,7 +26,7 @@ from jaxllm.params import Params, flatten, unflatten
 from jaxllm.transforms.mask import choose, parse_pattern
 
 _RELATED = ("attn/q/w", "attn/k/w", "attn/v/w")  # whose results `relation_loss` compares
-_CHUNK = 256  # positions whose logits exist at a time
+_CHUNK = 256  # tokens whose logits exist at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,20 +149,21 @@ def prune_gradually(how: Gradual, contracted: Mapping[str, int]) -> optax.Gradie
 class Weights:
     """Which of a model's weights are trained, and what model they make.
 
-    cfg: of the model, whose dtype is computed in. rank: as of `Training`. rounded: {path: format}, weights that the
-    model sees rounded, and whose gradient passes the rounding as if it were not there (Bengio et al. 2013).
+    cfg: of the model, whose dtype is computed in. rank, seed: as of `Training`. rounded: {path: format}, weights that
+    the model sees rounded, and whose gradient passes the rounding as if it were not there (Bengio et al. 2013).
     """
 
     cfg: ModelConfig
     rank: int = 0
     rounded: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    seed: int = 0
 
     def begin(self, params: Params) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """(what stays as it is, what is trained in float32), both by path."""
         flat, info = flatten(params), param_info(self.cfg)
         if not self.rank:
             return {}, {path: jnp.array(leaf, jnp.float32) for path, leaf in flat.items()}  # a copy: it is donated
-        rng, trained = np.random.default_rng(0), {}
+        rng, trained = np.random.default_rng(self.seed), {}
         for path in self.paths(params):
             leaf = flat[path]
             rows = int(np.prod(leaf.shape[: leaf.ndim - info[path].contracted]))
@@ -233,8 +234,13 @@ def _layer(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     flat, related = flatten(layer), {}
     if show:
+
+        def record(path: str, bias: jax.Array | None, y: jax.Array) -> None:
+            related[path] = y if bias is None else y + bias[None, None]
+
         for path in _RELATED:
-            flat[path] = Tap(flat[path], lambda x, y, path=path: related.__setitem__(path, y))
+            bias = flat.get(path.removesuffix("w") + "b")
+            flat[path] = Tap(flat[path], lambda x, y, path=path, bias=bias: record(path, bias, y))
     y_BTD = Block(cfg, constrain).apply({"params": unflatten(flat)}, x_BTD, positions_BT, None)[0]
     return y_BTD, tuple(related[path] for path in _RELATED if path in related)
 
@@ -262,7 +268,7 @@ class Trainer:
         contracted = {path: entry.contracted for path, entry in info.items() if entry.contracted}
 
         def matrices(weights: Mapping[str, Any]) -> dict[str, bool]:
-            return {path: w.ndim > 1 for path, w in weights.items()}
+            return {path: bool(how.rank) or path in contracted for path in weights}
 
         last = [] if how.rank else [keep_zeros(contracted)]
         if self.gradual is not None:
@@ -295,21 +301,25 @@ class Trainer:
             rows, known = run(self.teacher, teacher, inputs_BT, self.constrain, show=[*self.layer_map.values()])
             rows, known = lax.stop_gradient((rows, known))
         count = jnp.maximum(jnp.sum(scored_BT[:, 1:]), 1).astype(jnp.float32)
-        flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rows, targets_BT, scored_BT[:, 1:]))
+        # By position: of each chunk's logits every device makes those of its own sequences.
+        x_TBD, by_position = jax.tree.map(lambda x: x.swapaxes(0, 1), (x_BTD, (rows, targets_BT, scored_BT[:, 1:])))
 
-        def part(head: Any, x_MD: jax.Array, of: Any, teacher_head: Any) -> Mapping[str, jax.Array]:
-            teacher_rows, targets_M, scored_M = of
-            student_MV = predict(cfg.layer(0), head, x_MD[None])[0]
+        def part(head: Any, x_CBD: jax.Array, of: Any, teacher_head: Any) -> Mapping[str, jax.Array]:
+            teacher_rows, targets_CB, scored_CB = of
+            student_CBV = predict(cfg.layer(0), head, x_CBD)
             if self.teacher is not None:
-                teacher_rows = predict(self.teacher.layer(0), teacher_head, teacher_rows[None])[0]
-            found = how.tokens(student_MV, teacher_rows, targets_M)
-            return {name: jnp.where(scored_M, value, 0.0) / count for name, value in found.items()}
+                teacher_rows = predict(self.teacher.layer(0), teacher_head, teacher_rows)
+            found = how.tokens(student_CBV, teacher_rows, targets_CB)
+            return {name: jnp.where(scored_CB, value, 0.0) / count for name, value in found.items()}
 
         head = ends(teacher) if self.teacher is not None else ()
-        out = dict(in_chunks(part, _CHUNK, ends(params), x_BTD.reshape(-1, x_BTD.shape[-1]), flat, head))
+        out = dict(in_chunks(part, max(1, _CHUNK // len(tokens_BT)), ends(params), x_TBD, by_position, head))
+        row_B = jnp.any(scored_BT[:, 1:], axis=1)
+        seen, known = _of_rows(row_B, seen), _of_rows(row_B, known)
+        share = jnp.mean(row_B, dtype=jnp.float32)
         for weight, name, compare in ((how.hidden, "hidden", _hidden), (how.attention, "attention", _attention)):
             if weight:
-                terms = [compare(seen[mine], known[theirs]) for mine, theirs in self.layer_map.items()]
+                terms = [compare(seen[mine], known[theirs], share) for mine, theirs in self.layer_map.items()]
                 out[name] = sum(terms, jnp.float32(0)) / len(terms)
                 out["loss"] += weight * out[name]
         return out["loss"], out
@@ -378,13 +388,19 @@ def _forward_flops(cfg: ModelConfig, length: int) -> float:
     return 2.0 * (weights + attention)
 
 
-def _hidden(student: Seen, teacher: Seen) -> jax.Array:
-    return hidden_loss(student.x_BTD, teacher.x_BTD)
+def _of_rows(row_B: jax.Array, seen: dict[int, Seen]) -> dict[int, Seen]:
+    """The sequences that count; zeros, of which no difference comes, for the others."""
+    return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(row_B, range(1, x.ndim)), x, 0), seen)
 
 
-def _attention(student: Seen, teacher: Seen) -> jax.Array:
-    """Over queries, keys and values; each by as many relations as both have heads to share."""
+def _hidden(student: Seen, teacher: Seen, share: jax.Array) -> jax.Array:
+    return hidden_loss(student.x_BTD, teacher.x_BTD)  # a quotient of sums: who does not count is in neither
+
+
+def _attention(student: Seen, teacher: Seen, share: jax.Array) -> jax.Array:
+    """Over queries, keys and values; each by as many relations as both have heads to share. share: of rows that
+    count."""
     pairs = list(zip(student.related, teacher.related, strict=True))
     heads = [int(np.gcd(mine.shape[2], theirs.shape[2])) for mine, theirs in pairs]
-    terms = [relation_loss(mine, theirs, n) for (mine, theirs), n in zip(pairs, heads, strict=True)]
+    terms = [relation_loss(mine, theirs, n) / share for (mine, theirs), n in zip(pairs, heads, strict=True)]
     return sum(terms, jnp.float32(0)) / len(terms)

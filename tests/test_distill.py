@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
 import jaxllm
 from jaxllm import cli, training
 from jaxllm.fit import LOG, read_log
 from jaxllm.params import flatten
+from jaxllm.text import Tokenizer
 from jaxllm.transforms.distill import match_layers
 from tests.conftest import TINY
 
@@ -65,6 +68,20 @@ def test_over_a_mesh_the_same_is_trained(student, plain, rules, mesh):
     over = {"mesh": jaxllm.make_mesh(**mesh), "rules": jaxllm.shard.TABLES[rules]}
     spread = jaxllm.distill(TEACHER, TOKENS, SHORT, heldout=HELD, **over)(student)
     assert spread.ledger[-1].args["heldout_loss"] == pytest.approx(plain.ledger[-1].args["heldout_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "model": 2}])
+def test_bfloat16_is_computed_with_and_float32_trained(student, plain, mesh):
+    def cast(lm):
+        params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), lm.params)
+        return dataclasses.replace(lm, cfg=dataclasses.replace(lm.cfg, dtype="bfloat16"), params=params)
+
+    over = {} if mesh is None else {"mesh": jaxllm.make_mesh(**mesh)}
+    lm = jaxllm.distill(cast(TEACHER), TOKENS, SHORT, heldout=HELD, **over)(cast(student))
+    assert {leaf.dtype for leaf in jax.tree.leaves(lm.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert lm.ledger[-1].args["heldout_loss"] == pytest.approx(plain.ledger[-1].args["heldout_loss"], rel=0.05)
+    _, trained = training.Weights(lm.cfg).begin(lm.params)
+    assert {leaf.dtype for leaf in trained.values()} == {jnp.dtype(jnp.float32)}
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
@@ -210,6 +227,38 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(tmp_path):
     assert len(curves[0]) == 61
 
 
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"on_policy": 0.5, "quantize": "int8"}, {"sparsity": 0.5, "mesh": jaxllm.make_mesh(data=2, model=2)}],
+    ids=["plain", "on_policy", "mesh"],
+)
+def test_a_run_that_broke_off_goes_on_to_the_same_weights(student, tmp_path, how):
+    def stop(message):
+        if message.startswith("step 6 "):
+            raise KeyboardInterrupt
+
+    def run(path, **more):
+        made = jaxllm.distill(TEACHER, TOKENS, SHORT, heldout=HELD, save_every=3, path=tmp_path / path, **how, **more)
+        return made(student), read_log(tmp_path / path / LOG)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("broken", log=stop)
+    said = []
+    (tmp_path / "broken" / LOG).unlink()  # as if it had been killed before that was written
+    resumed, its_log = run("broken", resume=True, log=said.append)
+    assert "goes on after step 6 of 12" in said
+    whole, other_log = run("whole")
+    assert same(resumed, whole)
+    for name in ("loss", "heldout_loss"):
+        assert [row.get(name) for row in its_log] == [row.get(name) for row in other_log]
+
+
+def test_an_int8_cache_is_not_trained_through(student, plain):
+    lm = jaxllm.distill(TEACHER, TOKENS, SHORT, heldout=HELD)(jaxllm.quantize_kv()(student))
+    assert lm.cfg.kv_dtype == "int8"
+    assert same(lm, plain)
+
+
 def test_a_run_that_ended_or_differs_is_said(student, tmp_path):
     once = jaxllm.distill(TEACHER, TOKENS, SHORT, path=tmp_path / "run")(student)
     with pytest.raises(FileExistsError, match="--resume"):
@@ -241,14 +290,26 @@ def test_distilling_stands_before_quantising(student):
         ({"heldout": TOKENS[:, :5]}, "held-out ones 5"),
         ({"objective": jaxllm.Objective(hidden=1.0), "layer_map": {0: 9}}, "layer_map has 0: 9"),
         ({"quantize": "int4-g48"}, "48"),
+        ({"layer_map": {0: 0}}, "give one of them a weight"),
+        ({"top_k": 8}, "and a path"),
+        ({"text": np.zeros((4, 300), np.int32)}, "300 tokens"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_training(student, given, said):
     with pytest.raises(ValueError, match=said):
-        jaxllm.distill(TEACHER, TOKENS, SHORT, **given)(student)
+        jaxllm.distill(TEACHER, given.pop("text", TOKENS), SHORT, **given)(student)
     other = jaxllm.init(dataclasses.replace(CFG, vocab_size=128))
     with pytest.raises(ValueError, match="The teacher has 128 tokens"):
         jaxllm.distill(other, TOKENS, SHORT)(student)
+
+
+def test_a_teacher_that_reads_other_tokens_is_refused(tiny_text):
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
+    shifted = Backend(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    shifted.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    other = dataclasses.replace(tiny_text, tokenizer=Tokenizer(shifted, {}, [], None))
+    with pytest.raises(ValueError, match="other ids"):
+        jaxllm.distill(other, TOKENS, SHORT)(tiny_text)
 
 
 def test_the_command_trains_and_draws_the_curve(tiny_text, tmp_path, capsys):
@@ -265,6 +326,6 @@ def test_the_command_trains_and_draws_the_curve(tiny_text, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == [*"0123456"]
     assert cli.main([*argv, "--out", str(tmp_path / "again"), "--top-k", "8"]) == 0
-    assert (tmp_path / "again.teacher").is_dir()
+    assert (tmp_path / "again.run" / "teacher").is_dir()
     assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 1
     assert "choose another --out" in capsys.readouterr().err

@@ -143,7 +143,9 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, help="directory of the trained model; OUT.run has the checkpoints"
     )
     sub.add_argument("--resume", action="store_true", help="go on with the run in OUT.run, from its latest checkpoint")
-    sub.add_argument("--dtype", choices=("float32", "bfloat16"), help="computed in; what is trained is float32")
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="to load, compute and save in; masters are float32"
+    )
     sub.add_argument("--tokens", type=int, default=256, help="of a window (default %(default)s)")
     sub.add_argument("--batch", type=int, default=8, help="windows a step (default %(default)s)")
     sub.add_argument("--accumulate", type=int, default=1, help="parts of the batch, one after the other (default 1)")
@@ -168,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--on-policy", type=float, default=0.0, help="share of steps on the student's own text (default 0)"
     )
-    sub.add_argument("--top-k", type=int, help="keep the teacher's K likeliest tokens on disk, in OUT.teacher, first")
+    sub.add_argument("--top-k", type=int, help="keep the teacher's K likeliest tokens on disk, in OUT.run, first")
     sub.add_argument("--save-every", type=int, help="steps between checkpoints (default: a tenth)")
     sub.add_argument("--keep", type=int, default=1, help="best checkpoints that stay (default %(default)s)")
     sub.add_argument("--mesh", metavar="data=4,model=2", help="devices to train on (default: one)")

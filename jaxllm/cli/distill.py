@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 from typing import Any
-
-import numpy as np
 
 import jaxllm
 from jaxllm.cli import common
-from jaxllm.fit import LOG, keep_freed_memory, plot, read_log
+from jaxllm.fit import CURVE, LOG, keep_freed_memory, plot, read_log
 from jaxllm.lm import LM
 from jaxllm.textfiles import read_text
-from jaxllm.transforms.distill import windows
 
 
 def distill(args: argparse.Namespace) -> dict[str, Any]:
@@ -37,19 +35,15 @@ def distill(args: argparse.Namespace) -> dict[str, Any]:
     if run.exists() and not args.resume:
         raise FileExistsError(f"{run} holds a run already. Go on with it by --resume, or remove it.")
     mesh = common.mesh(args.mesh)
-    student = common.load(args.student, args.dtype)
-    teacher: Any = common.load(args.teacher, args.dtype)
-    tokens_NT, heldout_MT = windows(student, text, heldout, args.tokens)
-    if args.top_k is not None:
-        seen = np.concatenate([tokens_NT, heldout_MT])
-        cache = args.out.parent / f"{args.out.name}.teacher"
-        teacher = jaxllm.cache_teacher(teacher, seen, cache, args.top_k, args.temperature, common.log)
+    student, teacher = (common.load(name, args.dtype, mesh) for name in (args.student, args.teacher))
     trained: LM = jaxllm.distill(
         teacher,
-        tokens_NT,
+        text,
         training,
         objective,
-        heldout=heldout_MT,
+        heldout=heldout,
+        length=args.tokens,
+        top_k=args.top_k,
         quantize=args.quantize,
         sparsity=args.sparsity,
         layer_map=layer_map,
@@ -61,8 +55,9 @@ def distill(args: argparse.Namespace) -> dict[str, Any]:
         keep=args.keep,
         log=common.log,
     )(student)
+    plot(read_log(run / LOG), run / CURVE)
     jaxllm.save(trained, args.out)
-    plot(read_log(run / LOG), args.out / "curve.png")
+    shutil.copyfile(run / CURVE, args.out / CURVE)
     before, after = trained.ledger[-1].args["heldout_loss"]
     common.log(f"saved {args.out}; held-out loss {before:.4f} before, {after:.4f} after; {run} may be removed")
     print(f"held-out loss {before:.4f} -> {after:.4f} (step {trained.ledger[-1].args['best_step']} of {args.steps})")

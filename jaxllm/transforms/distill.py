@@ -16,12 +16,12 @@ from jaxllm import formats, shard
 from jaxllm.arrays import QArray
 from jaxllm.calibrate import describe
 from jaxllm.config import ModelConfig
-from jaxllm.evaluate import token_windows
+from jaxllm.evaluate import evaluation_text, token_windows
 from jaxllm.fit import Run, fit
 from jaxllm.lm import LM, Transform, check_tokens, fingerprint, record, require_order
 from jaxllm.losses import Objective
 from jaxllm.params import assign, flatten, unflatten
-from jaxllm.teachers import CachedTeacher
+from jaxllm.teachers import CachedTeacher, cache_teacher, check_top
 from jaxllm.training import Gradual, Trainer, Training, Weights
 from jaxllm.transforms.prune import cubic_schedule
 from jaxllm.transforms.quantize import default_rules
@@ -37,6 +37,7 @@ def distill(
     *,
     heldout: Any = None,
     length: int = 256,
+    top_k: int | None = None,
     quantize: str | Mapping[str, str | None] | None = None,
     sparsity: float | None = None,
     layer_map: Mapping[int, int] | None = None,
@@ -56,6 +57,7 @@ def distill(
     text: what is read, a str or ids [N, T]; a text is cut into windows of `length` tokens. heldout: the same, what is
         measured on and not trained on; by default the last twentieth of the windows.
     training, objective: how, and towards what; by default forward KL at temperature 1.
+    top_k: the teacher's predictions are cached first, in path / "teacher", this many of each position.
     quantize: weights are seen as `quantize` of the same rules would round them, so that doing it afterwards costs less.
     sparsity: magnitude pruning to this fraction of each matrix of the layers while training, by `cubic_schedule`, done
         after half of the steps. Only what comes after that can be the result.
@@ -80,10 +82,18 @@ def distill(
     for name, value in {"save_every": save_every, "keep": keep}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; expected a positive number.")
-    cached = isinstance(teacher, CachedTeacher)
+    if layer_map is not None and not (objective.hidden or objective.attention):
+        raise ValueError("layer_map says what hidden and attention compare; give one of them a weight.")
+    if sparsity is not None and training.steps < 2:
+        raise ValueError("sparsity needs at least two steps: nothing is pruned before the first has been taken.")
+    if top_k is not None and (path is None or not isinstance(teacher, LM)):
+        raise ValueError("top_k caches what a model predicts, in `path`: it needs a model as teacher, and a path.")
+    if isinstance(teacher, LM) and top_k is not None:
+        check_top(top_k, teacher.cfg.vocab_size, objective.temperature)
+    cached = top_k is not None or isinstance(teacher, CachedTeacher)
     if cached and (on_policy or objective.hidden or objective.attention):
         raise ValueError("A cached teacher has predictions of its text alone: no on_policy, hidden or attention.")
-    if cached and teacher.temperature != objective.temperature:
+    if isinstance(teacher, CachedTeacher) and teacher.temperature != objective.temperature:
         raise ValueError(
             f"The cached teacher's temperature is {teacher.temperature}, the objective's {objective.temperature}; "
             "they have to be the same."
@@ -96,11 +106,15 @@ def distill(
             raise ValueError(
                 f"The teacher has {vocabulary} tokens, the student {lm.cfg.vocab_size}; expected the same."
             )
-        tokens_NT, heldout_MT = windows(lm, text, heldout, length)
-        if isinstance(teacher, CachedTeacher):
-            seen = np.concatenate([tokens_NT, heldout_MT])
-            if describe(seen)["sha256"] != teacher.sha256:
-                raise ValueError(f"{teacher.path} has predictions of other windows; cache the teacher for these.")
+        for each in [lm, teacher] if isinstance(teacher, LM) else [lm]:
+            if each.cfg.dtype == "float16":
+                raise ValueError("float16 has too few exponents for gradients; load the models in bfloat16 or float32.")
+        if isinstance(teacher, LM):
+            _check_tokenizers(lm, teacher)
+        tokens_NT, heldout_MT = _windows(lm, text, heldout, length)
+        seen = np.concatenate([tokens_NT, heldout_MT])
+        if isinstance(teacher, CachedTeacher) and describe(seen)["sha256"] != teacher.sha256:
+            raise ValueError(f"{teacher.path} has predictions of other windows; cache the teacher for these.")
         rounded: dict[str, str] = {}
         if quantize is not None:
             rounded = assign(default_rules(quantize) if isinstance(quantize, str) else quantize, lm.info)
@@ -119,11 +133,13 @@ def distill(
             assert isinstance(teacher, LM)
             layers = dict(layer_map or match_layers(lm.cfg.num_layers, teacher.cfg.num_layers))
             _check_layers(layers, lm.cfg, teacher.cfg, objective)
-        weights = Weights(lm.cfg, training.rank, rounded)
-        known = teacher.cfg if isinstance(teacher, LM) else None
+        # Rounding has no gradient: an int8 cache is for the model that comes out, not for training.
+        weights = Weights(dataclasses.replace(lm.cfg, kv_dtype=None), training.rank, rounded, training.seed)
+        known = teacher.cfg if isinstance(teacher, LM) and top_k is None else None
         trainer = Trainer(weights, known, objective, training, layers, gradual, mesh, rules)
         args = {
             "teacher": _name(teacher),
+            "top_k": top_k,
             "text": describe(tokens_NT),
             "heldout": describe(heldout_MT),
             "training": dataclasses.asdict(training),
@@ -140,6 +156,9 @@ def distill(
         if mesh is not None and isinstance(teacher, LM):
             places = shard.param_shardings(teacher.cfg, teacher.params, mesh, rules)
             given = dataclasses.replace(teacher, params=shard.put(teacher.params, places))
+        if isinstance(given, LM) and top_k is not None:
+            assert path is not None
+            given = cache_teacher(given, seen, path / "teacher", top_k, objective.temperature, log)
         done = fit(run, lm, given, resume, log)
         args |= {"best_step": done.step, "heldout_loss": [done.first_loss, done.heldout_loss]}
         return record(lm, "distill", args, weights.paths(lm.params), params=done.params)
@@ -147,13 +166,16 @@ def distill(
     return transform
 
 
-def windows(lm: LM, text: Any, heldout: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _windows(lm: LM, text: Any, heldout: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
     """(what is trained on, what is held out), of one length."""
 
     def cut(given: Any) -> np.ndarray:
         found = check_tokens(lm.cfg, token_windows(lm, given, length) if isinstance(given, str) else given)
-        if found.shape[1] < 2:
-            raise ValueError(f"The windows have {found.shape[1]} token; at least two are needed.")
+        if not 2 <= found.shape[1] <= lm.cfg.max_len:
+            raise ValueError(
+                f"The windows have {found.shape[1]} tokens; expected at least two, and at most the {lm.cfg.max_len} "
+                "that the model was made for."
+            )
         return found
 
     tokens_NT = cut(text)
@@ -169,6 +191,16 @@ def windows(lm: LM, text: Any, heldout: Any, length: int) -> tuple[np.ndarray, n
         raise ValueError(f"The text has one window of {tokens_NT.shape[1]} tokens; give more, or a held-out text.")
     count = max(1, round(_HELDOUT * len(tokens_NT)))
     return tokens_NT[:-count], tokens_NT[-count:]
+
+
+def _check_tokenizers(student: LM, teacher: LM) -> None:
+    """Raises ValueError where the teacher would read other words in the ids that the student's tokenizer makes."""
+    if student.tokenizer is None or teacher.tokenizer is None:
+        return
+    probe = evaluation_text()[:2000]
+    mine, theirs = (lm.tokenizer.encode(probe) for lm in (student, teacher) if lm.tokenizer is not None)
+    if mine != theirs:
+        raise ValueError("The teacher's tokenizer has other ids than the student's; expected the same for a text.")
 
 
 def match_layers(student: int, teacher: int) -> dict[int, int]:
