@@ -198,7 +198,7 @@ def _forward(part: Part, size: int, weights: Any, x: jax.Array, rows: Any, other
 
 
 def _backward(part: Part, size: int, gradients: Any, upstream: Any) -> tuple[Any, ...]:
-    scaled = jax.tree.map(lambda g: (g * upstream["loss"]).astype(g.dtype), gradients)
+    scaled = jax.tree.map(lambda g: (g.astype(jnp.float32) * upstream["loss"]).astype(g.dtype), gradients)
     return *scaled, None, None
 
 

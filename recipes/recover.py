@@ -102,7 +102,8 @@ def main() -> None:
     windows = jaxllm.token_windows(original, "\n\n".join(texts), args.tokens)
     held = max(1, len(windows) // 20)
     train, heldout = windows[:-held], windows[-held:]
-    measured = {"held-out": heldout[:32], "novel": jaxllm.token_windows(original, jaxllm.evaluation_text(), 512, 8)}
+    choosing, unseen = heldout[:16], heldout[16:48]  # the step whose weights are kept is chosen on windows of their own
+    measured = {"held-out": unseen, "novel": jaxllm.token_windows(original, jaxllm.evaluation_text(), 512, 8)}
     calibration = train[np.linspace(0, len(train) - 1, 64).astype(int)]
     make = {
         "compact": jaxllm.compact(ffn=FFN, calibration=calibration),
@@ -124,7 +125,7 @@ def main() -> None:
             train,
             training,
             jaxllm.Objective(ce=args.ce),
-            heldout=heldout[:16],
+            heldout=choosing,
             path=run,
             resume=args.resume,
             save_every=max(1, args.steps // 5),
