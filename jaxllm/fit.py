@@ -320,12 +320,12 @@ def plot(curve: list[dict[str, float]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.subplots()
     steps, held = ([row for row in curve if name in row] for name in ("loss", "heldout_loss"))
     axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], lw=0.8, alpha=0.5, label="training")
     axes.plot([row["step"] for row in held], [row["heldout_loss"] for row in held], "o-", ms=3, label="held out")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, None))
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
