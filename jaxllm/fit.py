@@ -6,7 +6,6 @@ import csv
 import ctypes
 import dataclasses
 import functools
-import json
 import math
 import platform
 import time
@@ -20,6 +19,7 @@ import numpy as np
 from jaxllm import measure
 from jaxllm.generate import compile as compile_engine
 from jaxllm.lm import LM
+from jaxllm.manifest import claim
 from jaxllm.params import Params
 from jaxllm.teachers import CachedTeacher
 from jaxllm.training import State, Trainer
@@ -236,23 +236,9 @@ class _Checkpoints:
         import orbax.checkpoint as ocp  # takes half a second
 
         self._ocp, file = ocp, run.path / _SETTINGS
-        if file.exists():
-            if not resume:
-                raise FileExistsError(f"{run.path} holds a run already. Go on with it by --resume, or remove it.")
-            try:
-                there = json.loads(file.read_text())
-            except ValueError as error:
-                raise ValueError(f"{file} is damaged: {error}. Remove {run.path} to begin anew.") from error
-            if other := [name for name in run.settings if there.get(name) != run.settings[name]]:
-                raise ValueError(
-                    f"{run.path} holds a run with another {other[0]}: {there.get(other[0])}, not "
-                    f"{run.settings[other[0]]}. Give the same options to go on with it, or remove it."
-                )
-        else:
-            run.path.mkdir(parents=True, exist_ok=True)
-            half = file.with_suffix(".half")
-            half.write_text(json.dumps(run.settings, indent=1) + "\n")
-            half.replace(file)
+        if file.exists() and not resume:
+            raise FileExistsError(f"{run.path} holds a run already. Go on with it by --resume, or remove it.")
+        claim(file, run.settings)
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=lambda metrics: metrics["rank"], reverse=True, n=run.keep)
         options = ocp.CheckpointManagerOptions(

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from jaxllm.calibrate import describe
 from jaxllm.lm import LM, check_tokens, fingerprint, logits
 from jaxllm.losses import TopTokens, top_tokens
+from jaxllm.manifest import claim
 
 _MANIFEST = "teacher.json"
 _SHARD = 64  # windows a file: what a run that is cut off does again
@@ -76,22 +77,7 @@ def cache_teacher(
         "vocab_size": teacher.cfg.vocab_size,
         "teacher": _identity(teacher),
     }
-    file = path / _MANIFEST
-    if file.exists():
-        try:
-            there = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged: {error}. Remove {path} to begin anew.") from error
-        if other := [name for name in manifest if there.get(name) != manifest[name]]:
-            raise ValueError(
-                f"{path} was written with another {other[0]}: {there.get(other[0])}, not {manifest[other[0]]}. "
-                "Remove it, or choose another directory."
-            )
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        half = file.with_suffix(".half")
-        half.write_text(json.dumps(manifest, indent=1) + "\n")
-        half.replace(file)
+    claim(path / _MANIFEST, manifest)
     shorten = jax.jit(lambda x: top_tokens(x, k, temperature))
     for start in range(0, len(tokens_NT), _SHARD):
         file = path / _shard_name(start // _SHARD)

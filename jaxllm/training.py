@@ -317,10 +317,14 @@ class Trainer:
         row_B = jnp.any(scored_BT[:, 1:], axis=1)
         seen, known = _of_rows(row_B, seen), _of_rows(row_B, known)
         share = jnp.mean(row_B, dtype=jnp.float32)
-        for weight, name, compare in ((how.hidden, "hidden", _hidden), (how.attention, "attention", _attention)):
+        # Of hidden, a quotient of sums, sequences that do not count are in neither.
+        for weight, name, compare, of in (
+            (how.hidden, "hidden", _hidden, 1.0),
+            (how.attention, "attention", _attention, share),
+        ):
             if weight:
-                terms = [compare(seen[mine], known[theirs], share) for mine, theirs in self.layer_map.items()]
-                out[name] = sum(terms, jnp.float32(0)) / len(terms)
+                terms = [compare(seen[mine], known[theirs]) for mine, theirs in self.layer_map.items()]
+                out[name] = sum(terms, jnp.float32(0)) / len(terms) / of
                 out["loss"] += weight * out[name]
         return out["loss"], out
 
@@ -393,14 +397,13 @@ def _of_rows(row_B: jax.Array, seen: dict[int, Seen]) -> dict[int, Seen]:
     return jax.tree.map(lambda x: jnp.where(jnp.expand_dims(row_B, range(1, x.ndim)), x, 0), seen)
 
 
-def _hidden(student: Seen, teacher: Seen, share: jax.Array) -> jax.Array:
-    return hidden_loss(student.x_BTD, teacher.x_BTD)  # a quotient of sums: who does not count is in neither
+def _hidden(student: Seen, teacher: Seen) -> jax.Array:
+    return hidden_loss(student.x_BTD, teacher.x_BTD)
 
 
-def _attention(student: Seen, teacher: Seen, share: jax.Array) -> jax.Array:
-    """Over queries, keys and values; each by as many relations as both have heads to share. share: of rows that
-    count."""
+def _attention(student: Seen, teacher: Seen) -> jax.Array:
+    """Over queries, keys and values; each by as many relations as both have heads to share."""
     pairs = list(zip(student.related, teacher.related, strict=True))
     heads = [int(np.gcd(mine.shape[2], theirs.shape[2])) for mine, theirs in pairs]
-    terms = [relation_loss(mine, theirs, n) / share for (mine, theirs), n in zip(pairs, heads, strict=True)]
+    terms = [relation_loss(mine, theirs, n) for (mine, theirs), n in zip(pairs, heads, strict=True)]
     return sum(terms, jnp.float32(0)) / len(terms)
