@@ -301,18 +301,21 @@ class Trainer:
             rows, known = run(self.teacher, teacher, inputs_BT, self.constrain, show=[*self.layer_map.values()])
             rows, known = lax.stop_gradient((rows, known))
         count = jnp.maximum(jnp.sum(scored_BT[:, 1:]), 1).astype(jnp.float32)
-        # By position: of each chunk's logits every device makes those of its own sequences.
-        x_TBD, by_position = jax.tree.map(lambda x: x.swapaxes(0, 1), (x_BTD, (rows, targets_BT, scored_BT[:, 1:])))
+
+        def swapped(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x.swapaxes(0, 1), tree)
 
         def part(head: Any, x_CBD: jax.Array, of: Any, teacher_head: Any) -> Mapping[str, jax.Array]:
-            teacher_rows, targets_CB, scored_CB = of
-            student_CBV = predict(cfg.layer(0), head, x_CBD)
+            x_BCD, (teacher_rows, targets_BC, scored_BC) = swapped((x_CBD, of))
+            student_BCV = predict(cfg.layer(0), head, x_BCD)
             if self.teacher is not None:
                 teacher_rows = predict(self.teacher.layer(0), teacher_head, teacher_rows)
-            found = how.tokens(student_CBV, teacher_rows, targets_CB)
-            return {name: jnp.where(scored_CB, value, 0.0) / count for name, value in found.items()}
+            found = how.tokens(student_BCV, teacher_rows, targets_BC)
+            return {name: jnp.where(scored_BC, value, 0.0) / count for name, value in found.items()}
 
         head = ends(teacher) if self.teacher is not None else ()
+        # Chunks are of positions: each device makes the logits of its own sequences.
+        x_TBD, by_position = swapped((x_BTD, (rows, targets_BT, scored_BT[:, 1:])))
         out = dict(in_chunks(part, max(1, _CHUNK // len(tokens_BT)), ends(params), x_TBD, by_position, head))
         row_B = jnp.any(scored_BT[:, 1:], axis=1)
         seen, known = _of_rows(row_B, seen), _of_rows(row_B, known)

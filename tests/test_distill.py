@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,6 +69,18 @@ def test_over_a_mesh_the_same_is_trained(student, plain, rules, mesh):
     over = {"mesh": jaxllm.make_mesh(**mesh), "rules": jaxllm.shard.TABLES[rules]}
     spread = jaxllm.distill(TEACHER, TOKENS, SHORT, heldout=HELD, **over)(student)
     assert spread.ledger[-1].args["heldout_loss"] == pytest.approx(plain.ledger[-1].args["heldout_loss"], rel=1e-3)
+
+
+def test_of_a_split_batch_nobody_needs_what_another_has():
+    mesh = jaxllm.make_mesh(data=4)
+    trainer = training.Trainer(training.Weights(CFG), CFG, jaxllm.Objective(), SHORT, mesh=mesh)
+    fixed, state = trainer.begin(TEACHER.params)
+    places = jax.tree.map(lambda x: x.sharding, state), None
+    teacher = jaxllm.shard.put(TEACHER.params, jaxllm.shard.param_shardings(CFG, TEACHER.params, mesh))
+    batch = TOKENS[:8], np.ones((8, TOKENS.shape[1]), bool)
+    text = jax.jit(trainer.step, out_shardings=places).lower(state, fixed, teacher, *batch).compile().as_text()
+    assert "all-reduce" in text  # of gradients
+    assert not re.search(r"(all-gather|all-to-all|collective-permute)\(", text)
 
 
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "model": 2}])
