@@ -171,7 +171,7 @@ def in_chunks(part: Part, size: int, weights: Any, x: jax.Array, rows: Any, othe
     first = jax.tree.map(lambda x: x[0], chunks)
 
     def one(sums: Any, chunk: Any) -> tuple[Any, None]:
-        found = jax.tree.map(jnp.sum, part(weights, *chunk, others))
+        found = jax.tree.map(jnp.sum, part(weights, chunk[0], chunk[1], others))
         return jax.tree.map(jnp.add, sums, found), None
 
     shapes = jax.eval_shape(lambda chunk: part(weights, chunk[0], chunk[1], others), first)
