@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 from jaxllm.cli import arguments, compress, distill, plan, run
 from jaxllm.cli.common import finite, log, together
@@ -38,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     _show_progress()
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _interrupt_again
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an interrupt does: what is half-written is removed
     try:
         with together(args):
@@ -57,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"jaxllm: error: {error or type(error).__name__}", file=sys.stderr)
         return 1
+
+
+def _interrupt_again(found: Any) -> None:
+    """Repeats an interrupt that fell into a destructor or a callback of the garbage collector, which would lose it."""
+    if issubclass(found.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()  # not from in here, where it would be lost too
+    else:
+        sys.__unraisablehook__(found)
 
 
 class _Progress(logging.Handler):
