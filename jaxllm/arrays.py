@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
+
+from jaxllm import activations
+from jaxllm.activations import Activations
 
 INT8_MAX = 127  # of rounded activations: symmetric, -128 is unused
 
@@ -61,11 +64,70 @@ class QArray:
         return -(-self.size * bits // 8) + sum(part.nbytes for part in rest)
 
 
-Weight = jax.Array | QArray
+PANEL = 16  # rows of a Packed weight that lie together
 
 
-def dequantize(w: Weight) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A QArray of int8 or int4 as the kernels for CPUs read it: panels of 16 rows, the last filled up with zeros.
+
+    values: [panel, K / 4, 64] int8: four values of a row lie beside those of the panel's next. Of int4 [panel, K / 8,
+        64] uint8: byte i of four has value i in its low half and value i + 4 in its high half, 8 added to each.
+    scale, zero_point: [panel, G, 16]. x_scale, int8_inputs: as of QArray.
+    shape, contracted: of the weight.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+    zero_point: jax.Array | None
+    x_scale: jax.Array | None
+    int8_inputs: bool = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    contracted: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        return self.shape[: len(self.shape) - self.contracted]
+
+    def unpack(self) -> QArray:
+        """The weight that it was made of."""
+        rows = math.prod(self.kept)
+
+        def by_row(part: jax.Array) -> jax.Array:  # [panel, G, 16] to [n..., G]
+            return part.swapaxes(1, 2).reshape(-1, part.shape[1])[:rows].reshape(*self.kept, -1)
+
+        zero_point = None if self.zero_point is None else by_row(self.zero_point)
+        values_NK = _unpack(self.values.reshape(len(self.values), -1, PANEL, 4).swapaxes(1, 2))
+        values = values_NK.reshape(-1, math.prod(self.shape) // rows)[:rows].reshape(self.shape)
+        return QArray(values, by_row(self.scale), zero_point, self.x_scale, self.int8_inputs)
+
+    def take(self, rows: jax.Array) -> QArray:
+        """Rows [..., D] of a weight [V, D]."""
+
+        def by_row(part: jax.Array) -> jax.Array:
+            return part[rows // PANEL, :, rows % PANEL]
+
+        zero_point = None if self.zero_point is None else by_row(self.zero_point)
+        values = self.values.reshape(len(self.values), -1, PANEL, 4)[rows // PANEL, :, rows % PANEL]
+        return QArray(_unpack(values).reshape(*rows.shape, -1), by_row(self.scale), zero_point)
+
+
+def _unpack(bytes_k4: jax.Array) -> jax.Array:
+    """[..., K / 4 or K / 8, 4] of a Packed weight to [..., K] int8."""
+    if bytes_k4.dtype != jnp.uint8:
+        return bytes_k4.reshape(*bytes_k4.shape[:-2], -1)
+    halves = jnp.stack([bytes_k4 & 15, bytes_k4 >> 4], axis=-2)
+    return (halves.astype(jnp.int8) - 8).reshape(*bytes_k4.shape[:-2], -1)
+
+
+Weight = jax.Array | QArray  # of a model
+Prepared = Weight | Packed  # of what runs it
+
+
+def dequantize(w: Prepared) -> jax.Array:
     """The float32 weight that a QArray stands for; a float weight as it is."""
+    w = w.unpack() if isinstance(w, Packed) else w
     if not isinstance(w, QArray):
         return w
     kept = w.shape[: w.scale.ndim - 1]
@@ -79,23 +141,30 @@ def _dequantize(values_nGg: jax.Array, scale_nG: jax.Array, zero_point_nG: jax.A
     return values_nGg * scale_nG[..., None].astype(jnp.float32)
 
 
-def take(w: Weight | Fast, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
+def take(w: Prepared | Fast, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Looks up rows of an embedding [V, D]: [..., D] in `dtype`."""
-    w = w.weight if isinstance(w, Fast) else w
-    look_up = functools.partial(_look_up, dtype=dtype)
-    return lax.platform_dependent(w, rows, tpu=functools.partial(_look_up_tpu, dtype=dtype), default=look_up)
+    here = {"tpu": functools.partial(_look_up_tpu, dtype=dtype)}
+    if isinstance(w, Fast):
+        if w.look_up is not None:
+            here[w.platform] = functools.partial(w.look_up, dtype=dtype)
+        w = w.weight
+    return lax.platform_dependent(w, rows, default=functools.partial(_look_up, dtype=dtype), **here)
 
 
-def _look_up(w: Weight, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
+def _look_up(w: Prepared, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
+    if isinstance(w, Packed):
+        taken = w.take(rows)
+        values = taken.values.reshape(*rows.shape, taken.groups, -1)
+        return _dequantize(values, taken.scale, taken.zero_point).reshape(*rows.shape, -1).astype(dtype)
     if isinstance(w, QArray):
         # Rows first: a dequantised table would be a float copy of the whole weight.
         zero_point = None if w.zero_point is None else w.zero_point[rows]
         values = _rows(w.values, rows).reshape(*rows.shape, w.groups, -1)
         return _dequantize(values, w.scale[rows], zero_point).reshape(*rows.shape, -1).astype(dtype)
-    return w[rows].astype(dtype)
+    return _rows(w, rows).astype(dtype)
 
 
-def _look_up_tpu(w: Weight, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
+def _look_up_tpu(w: Prepared, rows: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Of one row alone XLA would lay the whole of an int8 table out anew."""
     length = rows.shape[-1]
     return _look_up(w, _fill(rows, rows.ndim - 1), dtype)[..., :length, :]
@@ -108,31 +177,77 @@ def _rows(values: jax.Array, rows: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(values, jnp.uint8)[rows], values.dtype)
 
 
-def einsum(eqn: str, x: jax.Array, w: Weight | Tap | Fast, dtype: DTypeLike | None = None) -> jax.Array:
+def einsum(
+    eqn: str,
+    x: Activations,
+    w: Prepared | Tap | Fast,
+    dtype: DTypeLike | None = None,
+    add: jax.Array | None = None,
+) -> jax.Array:
     """Contracts activations with a weight of any kind.
 
     eqn: "bK,nK->bn", where b, n and K are groups of axes: the weight's contracted axes K come last in both operands
         and its other axes n last in the result, so that no transpose is needed.
     dtype: of the result; x's by default. Sums are accumulated in float32.
+    add: is added to the result, whose shape and type it has.
 
     A QArray's scale multiplies the result, never the weight: the int8 values are what is read from memory.
     """
-    if isinstance(w, Tap):
-        y = einsum(eqn, x, w.weight, jnp.dtype(jnp.float32))
-        w.record(x, y)
-        return y.astype(dtype or x.dtype)
-    contracted = num_contracted(eqn)
-    if x.shape[x.ndim - contracted :] != w.shape[len(w.shape) - contracted :]:
-        raise ValueError(f"einsum {eqn!r}: {x.shape} does not contract with {w.shape}.")
-    out = jnp.dtype(dtype or x.dtype)
-    here = {
-        "cpu": functools.partial(_contract_cpu, contracted),
-        "tpu": functools.partial(_contract_tpu, contracted, out=out),
-    }
-    if isinstance(w, Fast):
-        here[w.platform], w = functools.partial(w.contract, contracted, out=out), w.weight
-    y = lax.platform_dependent(x, w, default=functools.partial(_contract, contracted, out=out), **here)
-    return y.astype(out)
+    return einsums([eqn], x, [w], dtype, add)[0]
+
+
+def einsums(
+    eqns: Sequence[str],
+    x: Activations,
+    weights: Sequence[Prepared | Tap | Fast],
+    dtype: DTypeLike | None = None,
+    add: jax.Array | None = None,
+) -> list[jax.Array]:
+    """The same activations contracted with each of several weights; in one call of a kernel that takes them all.
+
+    Arguments as of `einsum`; add: to a single one.
+    """
+    out = jnp.dtype(dtype or activations.dtype(x))
+    if len(weights) > 1 and not _together(weights):
+        x = activations.value(x)
+        return [einsum(eqn, x, w, out) for eqn, w in zip(eqns, weights, strict=True)]
+    if isinstance(weights[0], Tap):
+        x = activations.value(x)
+        y = einsum(eqns[0], x, weights[0].weight, jnp.dtype(jnp.float32))
+        weights[0].record(x, y)
+        return [_plus(y.astype(out), add)]
+    contracted, given = num_contracted(eqns[0]), activations.shape(x)
+    leaves = [w.weight if isinstance(w, Fast | Tap) else w for w in weights]
+    for eqn, w in zip(eqns, leaves, strict=True):
+        if (
+            num_contracted(eqn) != contracted
+            or given[len(given) - contracted :] != w.shape[len(w.shape) - contracted :]
+        ):
+            raise ValueError(f"einsum {eqn!r}: {given} does not contract with {w.shape}.")
+
+    def plain(contract: Contract) -> Callable[..., list[jax.Array]]:
+        def each(x: Activations, weights: Sequence[Prepared], add: jax.Array | None) -> list[jax.Array]:
+            value = activations.value(x)
+            return [_plus(contract(contracted, value, w, out).astype(out), add) for w in weights]
+
+        return each
+
+    here = {"cpu": plain(contract_cpu), "tpu": plain(_contract_tpu)}
+    if isinstance(weights[0], Fast):
+        here[weights[0].platform] = functools.partial(weights[0].contract, contracted, out=out)
+    return lax.platform_dependent(x, leaves, add, default=plain(_contract), **here)
+
+
+def _plus(y: jax.Array, add: jax.Array | None) -> jax.Array:
+    return y if add is None else add + y
+
+
+def _together(weights: Sequence[Prepared | Tap | Fast]) -> bool:
+    """Whether one kernel takes them all."""
+    first = weights[0]
+    return isinstance(first, Fast) and all(
+        isinstance(w, Fast) and (w.contract, w.platform) == (first.contract, first.platform) for w in weights
+    )
 
 
 def num_contracted(eqn: str) -> int:
@@ -148,12 +263,13 @@ def num_contracted(eqn: str) -> int:
     return len(contracted)
 
 
-def _contract(contracted: int, x: jax.Array, w: Weight, out: DTypeLike = jnp.float32) -> jax.Array:
+def _contract(contracted: int, x: jax.Array, w: Prepared, out: DTypeLike = jnp.float32) -> jax.Array:
     """[b..., K...] and [n..., K...] to float32 [b..., n...]. A TPU's matmul takes the int8 values as they are.
 
     out: of the matmul alone, which accumulates in float32 in any case. In bfloat16, what chips add up among themselves
         is half as much.
     """
+    w = w.unpack() if isinstance(w, Packed) else w
     if not isinstance(w, QArray):
         axes = tuple(range(x.ndim - contracted, x.ndim)), tuple(range(w.ndim - contracted, w.ndim))
         return lax.dot_general(x, w, (axes, ((), ())), preferred_element_type=out).astype(jnp.float32)
@@ -173,7 +289,7 @@ def _contract(contracted: int, x: jax.Array, w: Weight, out: DTypeLike = jnp.flo
     return shift(y_MN, x_MK, flat).reshape(*batch, *kept)
 
 
-def _contract_tpu(contracted: int, x: jax.Array, w: Weight, out: DTypeLike) -> jax.Array:
+def _contract_tpu(contracted: int, x: jax.Array, w: Prepared, out: DTypeLike) -> jax.Array:
     """The same; with few rows XLA would multiply and add on the vector unit."""
     last = x.ndim - contracted - 1
     y = _contract(contracted, _fill(x, last), w, out)
@@ -237,7 +353,9 @@ _SPLIT_MAX_ROWS = 127  # from here on, float32 blocks are the faster form
 _BLOCKS = 4
 
 
-def _contract_cpu(contracted: int, x: jax.Array, w: Weight) -> jax.Array:
+def contract_cpu(contracted: int, x: jax.Array, w: Prepared, out: DTypeLike = jnp.float32) -> jax.Array:
+    """As `_contract`, of what XLA on CPU does well. Always float32."""
+    w = w.unpack() if isinstance(w, Packed) else w
     kept = w.shape[: len(w.shape) - contracted]
     batch = x.shape[: x.ndim - contracted]
     x_MK = x.reshape(math.prod(batch), -1)
@@ -332,20 +450,23 @@ class Tap:
 jax.tree_util.register_dataclass(Tap, data_fields=["weight"], meta_fields=["record"])
 
 
-Contract = Callable[..., jax.Array]  # (how many axes are contracted, x, w, out=) -> float32 [b..., n...]; as _contract
+Contract = Callable[..., jax.Array]  # (how many axes are contracted, x, w, out) -> [b..., n...], float32 or `out`
+# (how many axes are contracted, activations, weights, what is added to a single result or None, out=) -> results in out
+Kernel = Callable[..., list[jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Fast:
-    """A weight with a kernel that contracts it in XLA's place on one platform; see `kernels`."""
+    """A weight with kernels that contract it, and look rows up in it, in XLA's place on one platform; see `kernels`.
 
-    weight: QArray
-    contract: Contract
+    look_up: as `take`; None for XLA's own.
+    """
+
+    weight: Prepared
+    contract: Kernel
     platform: str
+    look_up: Callable[..., jax.Array] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
-
-
-jax.tree_util.register_dataclass(Fast, data_fields=["weight"], meta_fields=["contract", "platform"])

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
+from jaxllm import activations, kernels, programs, shard, targets
 from jaxllm import cache as kv
-from jaxllm import kernels, programs, shard, targets
+from jaxllm.activations import Activations
 from jaxllm.cache import Entries, LayerCache, init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.hub import cache_dir
+from jaxllm.kernels import cpu
 from jaxllm.models.decoder import Decoder, Write, residual_axes
 from jaxllm.params import Params
 from jaxllm.sample import Sampling, as_arrays, likeliest
@@ -176,15 +178,25 @@ class Lowering:
         self._cfg, self._batch, self._part = cfg, batch, part
         self._sharded = sharded = _Shardings(cfg, mesh, rules)
         platform = platform or jax.default_backend()
-        split = platform == "cpu"
+        native = platform == "cpu" and mesh is None and cpu.library() is not None
+        split = platform == "cpu" and not native
         make_state = programs.start if part.predicts else init_cache
         self._make_state = functools.partial(make_state, cfg, batch, self.slots, split)
         self.state = sharded.abstract(jax.eval_shape(self._make_state), sharded.state(split, part))
         self.params = sharded.abstract(params, sharded.params(params))
         write = functools.partial(kv.write, keep_layout=platform == "tpu")
-        decoder = Decoder(cfg, write=write) if mesh is None else Decoder(cfg, sharded.constrain, sharded.write(write))
-        fast = kernels.choose(self.params, platform, shard.axes_of(rules["batch"]))
-        self._model = programs.Model(decoder, fast, likeliest if mesh is None else sharded.likeliest)
+        if mesh is not None:
+            decoder, choose_token = Decoder(cfg, sharded.constrain, sharded.write(write)), sharded.likeliest
+        elif native:
+            decoder, choose_token = Decoder(cfg, attend=cpu.attend), cpu.likeliest
+        else:
+            decoder, choose_token = Decoder(cfg, write=write), likeliest
+        fast = (
+            {}
+            if platform == "cpu" and not native
+            else kernels.choose(self.params, platform, shard.axes_of(rules["batch"]))
+        )
+        self._model = programs.Model(decoder, fast, platform, choose_token)
         self._probes = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in shard.axes_of(rules["batch"]))
 
     def serving(self, steps: int = STEPS) -> dict[str, Any]:
@@ -291,9 +303,10 @@ class _Shardings:
         cache = shard.cache_shardings(self.cfg, self.mesh, split, self.rules)
         return programs.State(cache, row, row, row, row, self.of("batch", "vocab")) if part.predicts else cache
 
-    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        """Pins an array with these logical axes; left free, propagation may split it and pay with collectives."""
+    def constrain(self, x: Activations, *axes: str | None) -> jax.Array:
+        """Pins activations with these logical axes; left free, propagation may split it and pay with collectives."""
         assert self.mesh is not None
+        x = activations.value(x)
         return lax.with_sharding_constraint(x, shard.sharding(self.mesh, self.rules, *axes))
 
     def write(self, write: Callable[..., LayerCache]) -> Write:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxllm import hlo, hlo_cost
-from jaxllm.arrays import QArray
+from jaxllm.arrays import Packed, QArray
 from jaxllm.params import Params, flatten
 
 _FLOATS = ("f32", "bf16", "f16")
@@ -84,8 +84,9 @@ class _Leaf:
     """A weight as one device holds it."""
 
     def __init__(self, path: str, leaf: Any):
-        values = leaf.values if isinstance(leaf, QArray) else leaf
-        self.path, self.quantised, self.dims = path, isinstance(leaf, QArray), _dims(values)
+        self.path, self.quantised = path, isinstance(leaf, QArray | Packed)
+        values = leaf.values if isinstance(leaf, QArray | Packed) else leaf
+        self.dims = _dims(values)
         self.extent = tuple(sorted(size for size in self.dims if size > 1))
         self.nbytes = math.prod(self.dims) * values.dtype.itemsize
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxllm import hosts, shard, stages
+from jaxllm import hosts, kernels, shard, stages
 from jaxllm.cache import init_cache
 from jaxllm.compile import WHOLE, Part, Programs, compile_programs
 from jaxllm.config import ModelConfig
@@ -324,8 +324,10 @@ def compile(
 
 
 def storable(params: Params, mesh: Mesh | None) -> Params:
-    """The weights, or their shapes, as the mesh's programs take them."""
-    if mesh is None or mesh.devices.flat[0].platform != "cpu":
+    """The weights, or their shapes, as the programs of a mesh, or of the default device, take them."""
+    if mesh is None:
+        return kernels.prepare(params, jax.default_backend())
+    if mesh.devices.flat[0].platform != "cpu":
         return params
 
     def widen(x: Any) -> Any:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxllm import kernels
-from jaxllm.arrays import Contract
+from jaxllm.arrays import Kernel
 from jaxllm.cache import KVCache, init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.models.decoder import Decoder
@@ -44,15 +44,16 @@ def start(cfg: ModelConfig, batch: int, slots: int, split: bool) -> State:
 class Model:
     """A decoder, and what stands for parts of it on the platform and mesh that it is traced for.
 
-    kernels: that contract its weights. likeliest: as of `next_token`.
+    kernels: that contract its weights on a platform. likeliest: as of `next_token`.
     """
 
     decoder: Decoder
-    kernels: Mapping[str, Contract]
+    kernels: Mapping[str, Kernel]
+    platform: str
     likeliest: Likeliest
 
     def __call__(self, params: Params, *args: jax.Array | KVCache, method: str | None = None) -> tuple[jax.Array, Any]:
-        params = kernels.equip(params, self.kernels)
+        params = kernels.equip(params, self.kernels, self.platform)
         return self.decoder.apply({"params": params}, *args, method=method)  # pyright: ignore[reportReturnType]
 
 

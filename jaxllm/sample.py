@@ -102,8 +102,10 @@ def next_token(
         nothing else: not on the other rows, nor on the batch, nor on how many steps a dispatch takes.
     likeliest: the one of this module, or another that does the same over a mesh.
     """
-    penalised_BV = jnp.where(logits_BV > 0, logits_BV / how.repetition_penalty, logits_BV * how.repetition_penalty)
-    logits_BV = jnp.where(seen_BV, penalised_BV, logits_BV)
+
+    def penalise(logits_BV: jax.Array) -> jax.Array:
+        lower_BV = jnp.where(logits_BV > 0, logits_BV / how.repetition_penalty, logits_BV * how.repetition_penalty)
+        return jnp.where(seen_BV, lower_BV, logits_BV)
 
     def draw(logits_BV: jax.Array) -> jax.Array:
         kept_BV = keep_likely(
@@ -113,7 +115,11 @@ def next_token(
         keys_B = jax.vmap(lambda row, at: jax.random.fold_in(jax.random.fold_in(key, row), at))(rows_B, positions_B)
         return jax.vmap(jax.random.categorical)(keys_B, kept_BV).astype(jnp.int32)
 
-    return jax.lax.cond(how.temperature == 0, likeliest, draw, logits_BV)
+    def choose(logits_BV: jax.Array) -> jax.Array:
+        return jax.lax.cond(how.temperature == 0, likeliest, draw, penalise(logits_BV))
+
+    # Greedy, most of the time: one pass over the logits, and no copy.
+    return jax.lax.cond((how.repetition_penalty == 1) & (how.temperature == 0), likeliest, choose, logits_BV)
 
 
 def keep_likely(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:

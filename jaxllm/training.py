@@ -16,12 +16,12 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxllm import formats, shard
+from jaxllm import activations, formats, shard
 from jaxllm.arrays import Tap, dequantize
 from jaxllm.config import ModelConfig
 from jaxllm.lm import embed_tokens, ends, param_info, predict
 from jaxllm.losses import Objective, hidden_loss, in_chunks, relation_loss
-from jaxllm.models.decoder import Block, residual_axes
+from jaxllm.models.decoder import Block, Constrain, residual_axes
 from jaxllm.params import Params, flatten, unflatten
 from jaxllm.transforms.mask import choose, parse_pattern
 
@@ -213,7 +213,7 @@ def run(
     cfg: ModelConfig,
     params: Params,
     tokens_BT: jax.Array,
-    constrain: Callable[..., jax.Array] = lambda x, *axes: x,
+    constrain: Constrain = lambda x, *axes: x,
     remat: bool = False,
     show: Sequence[int] = (),
 ) -> tuple[jax.Array, dict[int, Seen]]:
@@ -280,8 +280,10 @@ class Trainer:
             *last,
         )
 
-    def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        return x if self.mesh is None else lax.with_sharding_constraint(x, shard.sharding(self.mesh, self.rules, *axes))
+    def constrain(self, x: Any, *axes: str | None) -> Any:
+        if self.mesh is None:
+            return x
+        return lax.with_sharding_constraint(activations.value(x), shard.sharding(self.mesh, self.rules, *axes))
 
     def losses(
         self, trained: Any, fixed: Any, teacher: Any, tokens_BT: jax.Array, scored_BT: jax.Array

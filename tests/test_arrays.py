@@ -56,7 +56,7 @@ def test_both_forms_of_every_format_equal_float64(name, rows, shape):
     x = x.reshape(rows, *shape[len(shape) - contracted :])
     w = np.asarray(arrays.dequantize(q), np.float64).reshape(-1, 64)
     exact = (np.asarray(x, np.float64).reshape(rows, 64) @ w.T).reshape(rows, *shape[: len(shape) - contracted])
-    for contract in (arrays._contract, arrays._contract_cpu):
+    for contract in (arrays._contract, arrays.contract_cpu):
         y = np.asarray(jax.jit(contract, static_argnums=0)(contracted, x, q))
         assert y.dtype == np.float32
         np.testing.assert_allclose(y, exact, atol=2e-3, rtol=1e-4)
@@ -66,7 +66,7 @@ def test_both_forms_of_every_format_equal_float64(name, rows, shape):
 def test_both_forms_take_bfloat16(name):
     q, x = formats.quantize(weight((12, 64)), 1, formats.parse(name)), weight((3, 64), seed=2).astype(jnp.bfloat16)
     exact = np.asarray(x, np.float64) @ np.asarray(arrays.dequantize(q), np.float64).T
-    for contract in (arrays._contract, arrays._contract_cpu):
+    for contract in (arrays._contract, arrays.contract_cpu):
         np.testing.assert_allclose(jax.jit(contract, static_argnums=0)(1, x, q), exact, atol=2e-3, rtol=1e-4)
 
 
@@ -81,7 +81,7 @@ def test_int8_times_int8_is_numpys_in_integers(rows, static):
     rounded = np.clip(np.round(np.asarray(x) / step), -127, 127).astype(np.int64)
     sums = rounded @ np.asarray(q.values, np.int64).reshape(30, 64).T
     expected = (sums * np.asarray(q.scale, np.float64).reshape(1, 30) * step).reshape(rows, 10, 3)
-    for contract in (arrays._contract, arrays._contract_cpu):
+    for contract in (arrays._contract, arrays.contract_cpu):
         np.testing.assert_allclose(jax.jit(contract, static_argnums=0)(1, x, q), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 import jaxllm
 from jaxllm.compile import compile_programs
+from jaxllm.kernels import cpu
 from jaxllm.params import flatten
 from tests.conftest import TINY
 
@@ -27,6 +28,14 @@ GROUPED = dataclasses.replace(
     tie_embeddings=False,
 )
 STORED = {"int8": "s8", "int4": "s4", "float8_e4m3fn": "f8e4m3fn"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def plain_xla():
+    """What these contracts are about: test_cpu_kernels.py has those of programs with kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "library", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="module")

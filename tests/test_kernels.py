@@ -132,7 +132,7 @@ def test_on_a_mesh_each_device_contracts_its_part(interpreted, shape, contracted
     scale = NamedSharding(mesh, P(*kept_axes, contracted_axes[0]))
     placed = dataclasses.replace(w, values=jax.device_put(w.values, values), scale=jax.device_put(w.scale, scale))
     (contract,) = kernels.choose({"w": placed}, "tpu", batch=("data",)).values()
-    y = jax.jit(functools.partial(contract, contracted, out=jnp.float32))(x, placed)
+    (y,) = jax.jit(functools.partial(contract, contracted, out=jnp.float32))(x, [placed], None)
     twin = arrays._contract(contracted, x, w)
     np.testing.assert_allclose(y, twin, atol=2e-5 * float(jnp.std(twin)), rtol=1e-5)
     batch, last = y.sharding.spec[0], y.sharding.spec[2:3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,22 +14,27 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from jaxllm.arrays import Contract, Fast, QArray
+from jaxllm import activations
+from jaxllm.activations import Activations
+from jaxllm.arrays import Contract, Fast, Kernel, QArray
+from jaxllm.kernels import cpu
 from jaxllm.kernels.tpu import int4_matmul
 from jaxllm.params import Params, flatten, unflatten
 
 _log = logging.getLogger(__name__)
 
 
-def choose(params: Params, platform: str, batch: Sequence[str] = ()) -> dict[str, Contract]:
+def choose(params: Params, platform: str, batch: Sequence[str] = ()) -> dict[str, Kernel]:
     """{path: kernel} of the weights that have one on a platform; XLA contracts the others. A line of the log tells.
 
     params: shapes are enough; with shardings where there is a mesh. batch: the axes of the mesh that split the batch;
     what they split of a weight is gathered, as XLA would.
     """
+    if platform == "cpu":
+        return _choose_cpu(params)
     if platform != "tpu":
         return {}
-    chosen: dict[str, Contract] = {}
+    chosen: dict[str, Kernel] = {}
     reasons: dict[str, str] = {}
     for path, w in flatten(params).items():
         if not isinstance(w, QArray) or w.values.dtype != "int4":
@@ -38,20 +44,65 @@ def choose(params: Params, platform: str, batch: Sequence[str] = ()) -> dict[str
         if reason:
             reasons[path] = reason
         else:
-            chosen[path] = int4_matmul.contract if split is None else split.contract
+            chosen[path] = functools.partial(_each, int4_matmul.contract if split is None else split.contract)
     if chosen or reasons:
         example = "".join(f" ({path}: {reason})" for path, reason in [*reasons.items()][:1])
         _log.info("int4 weights: the TPU kernel contracts %d, XLA %d%s", len(chosen), len(reasons), example)
     return chosen
 
 
-def equip(params: Params, kernels: Mapping[str, Contract]) -> Params:
+def _each(
+    contract: Contract,
+    contracted: int,
+    x: Activations,
+    weights: Sequence[Any],
+    add: jax.Array | None,
+    out: DTypeLike,
+) -> list[jax.Array]:
+    value = activations.value(x)
+    results = [contract(contracted, value, w, out).astype(out) for w in weights]
+    return results if add is None else [add + y for y in results]
+
+
+def _choose_cpu(params: Params) -> dict[str, Kernel]:
+    if cpu.library() is None:
+        return {}
+    matrices = {path: w for path, w in flatten(params).items() if path.endswith("/w") and len(w.shape) > 1}
+    reasons = {path: reason for path, w in matrices.items() if (reason := cpu.refuses(w))}
+    example = "".join(f" ({path}: {reason})" for path, reason in [*reasons.items()][:1])
+    _log.info("CPU kernels contract %d weights, XLA %d%s", len(matrices) - len(reasons), len(reasons), example)
+    return {path: cpu.contract for path in matrices if path not in reasons}
+
+
+def prepare(params: Params, platform: str) -> Params:
+    """The weights of one device, or their shapes, as its kernels read them."""
+    if platform != "cpu" or cpu.library() is None:
+        return params
+
+    def one(w: Any) -> Any:
+        if not isinstance(w, QArray) or cpu.unfit(w):
+            return w  # float weights are read as they are
+        abstract = any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(w))
+        return jax.eval_shape(cpu.pack, w) if abstract else _pack(w)
+
+    prepared = unflatten({path: one(w) for path, w in flatten(params).items()})
+    cpu.use_huge_pages(leaf for leaf in jax.tree.leaves(prepared) if isinstance(leaf, jax.Array))
+    return prepared
+
+
+_pack = jax.jit(cpu.pack)
+
+
+def equip(params: Params, kernels: Mapping[str, Kernel], platform: str) -> Params:
     """The same weights, those with a kernel as `Fast`."""
     if not kernels:
         return params
-    return unflatten(
-        {path: Fast(w, kernels[path], "tpu") if path in kernels else w for path, w in flatten(params).items()}
-    )
+    look_up = cpu.take if platform == "cpu" else None
+
+    def one(path: str, w: Any) -> Any:
+        return Fast(w, kernels[path], platform, look_up) if path in kernels else w
+
+    return unflatten({path: one(path, w) for path, w in flatten(params).items()})
 
 
 @dataclasses.dataclass(frozen=True)

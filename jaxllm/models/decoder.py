@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxllm import cache as kv
-from jaxllm.cache import KVCache, LayerCache
+from jaxllm.activations import Activations, Gated
+from jaxllm.cache import Entries, KVCache, LayerCache
 from jaxllm.config import ModelConfig
-from jaxllm.models.layers import Einsum, Embed, RMSNorm, attend, past_part, present_part, rope, rope_frequencies
+from jaxllm.models.layers import (
+    Einsum,
+    Embed,
+    RMSNorm,
+    attend,
+    past_part,
+    present_part,
+    rope,
+    rope_angles,
+    rope_frequencies,
+    together,
+)
 
-Constrain = Callable[..., jax.Array]  # (array, its logical axes …) -> the array, where the mesh wants it
+Constrain = Callable[..., Any]  # (activations, their logical axes …) -> the same, where the mesh wants them
 Write = Callable[..., LayerCache]  # as kv.write
+# (cache, q, k, v, positions, rope's angles, window) -> (y, cache), q and k not being rotated yet
+Attend = Callable[..., tuple[jax.Array, LayerCache]]
 
 
-def _anywhere(x: jax.Array, *axes: str | None) -> jax.Array:
+def _anywhere(x: Any, *axes: str | None) -> Any:
     return x
 
 
@@ -30,40 +45,58 @@ class Attention(nn.Module):
     cfg: ModelConfig
     constrain: Constrain = _anywhere
     write: Write = kv.write
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache | None
+        self, normed_BTD: Activations, x_BTD: jax.Array, positions_BT: jax.Array, cache: LayerCache | None
     ) -> tuple[jax.Array, LayerCache | None]:
+        """x_BTD with what attention makes of `normed_BTD` added, and the cache."""
         c = self.cfg
         D, H = c.embed_dim, c.head_dim
         (N,), (K,) = c.widths("num_heads"), c.widths("num_kv_heads")
         q_axes, kv_axes = ("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
-        q_BTNH = Einsum("BTD,NHD->BTNH", (N, H, D), q_axes, c.dtype, c.qkv_bias, name="q")(x_BTD)
-        k_BTKH = Einsum("BTD,KHD->BTKH", (K, H, D), kv_axes, c.dtype, c.qkv_bias, name="k")(x_BTD)
-        v_BTKH = Einsum("BTD,KHD->BTKH", (K, H, D), kv_axes, c.dtype, c.qkv_bias, name="v")(x_BTD)
+        q_BTNH, k_BTKH, v_BTKH = together(
+            normed_BTD,
+            Einsum("BTD,NHD->BTNH", (N, H, D), q_axes, c.dtype, c.qkv_bias, name="q"),
+            Einsum("BTD,KHD->BTKH", (K, H, D), kv_axes, c.dtype, c.qkv_bias, name="k"),
+            Einsum("BTD,KHD->BTKH", (K, H, D), kv_axes, c.dtype, c.qkv_bias, name="v"),
+        )
         if c.qk_norm:
-            q_BTNH = RMSNorm("head_dim", c.norm_eps, c.dtype, name="q_norm")(q_BTNH)
-            k_BTKH = RMSNorm("head_dim", c.norm_eps, c.dtype, name="k_norm")(k_BTKH)
-        freq = rope_frequencies(H, c.rope_theta, c.rope_scaling)
-        q_BTNH, k_BTKH = rope(q_BTNH, positions_BT, freq), rope(k_BTKH, positions_BT, freq)
-        if c.kv_dtype == "int8":  # this call's as well, so that a token's answer does not depend on how calls are cut
-            k_BTKH, v_BTKH = kv.round_int8(k_BTKH), kv.round_int8(v_BTKH)
+            q_BTNH = RMSNorm("head_dim", c.norm_eps, c.dtype, name="q_norm")(q_BTNH).value()
+            k_BTKH = RMSNorm("head_dim", c.norm_eps, c.dtype, name="k_norm")(k_BTKH).value()
+        angles_BTh = rope_angles(positions_BT, rope_frequencies(H, c.rope_theta, c.rope_scaling))
+        if cache is not None and self.attend is not None:
+            y_BTNH, cache = self.attend(cache, q_BTNH, k_BTKH, v_BTKH, positions_BT, angles_BTh, c.sliding_window)
+        else:
+            y_BTNH, cache = self._attend(
+                rope(q_BTNH, angles_BTh), rope(k_BTKH, angles_BTh), v_BTKH, positions_BT, cache
+            )
+        o_axes = ("embed", "heads", "head_dim")
+        return Einsum("BTNH,DNH->BTD", (D, N, H), o_axes, c.dtype, name="o")(y_BTNH, add=x_BTD), cache
 
+    def _attend(
+        self,
+        q_BTNH: jax.Array,
+        new_k_BTKH: jax.Array,
+        new_v_BTKH: jax.Array,
+        positions_BT: jax.Array,
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        c = self.cfg
+        k_BTKH: Entries = new_k_BTKH
+        v_BTKH: Entries = new_v_BTKH
+        if c.kv_dtype == "int8":  # this call's as well, so that a token's answer does not depend on how calls are cut
+            k_BTKH, v_BTKH = kv.round_int8(new_k_BTKH), kv.round_int8(new_v_BTKH)
         if cache is None:
-            y_BTNH = attend(q_BTNH, [present_part(k_BTKH, v_BTKH, positions_BT)], positions_BT, c.sliding_window)
-        elif cache.split:
+            return attend(q_BTNH, [present_part(k_BTKH, v_BTKH, positions_BT)], positions_BT, c.sliding_window), None
+        if cache.split:
             parts = [present_part(k_BTKH, v_BTKH, positions_BT), past_part(cache, positions_BT)]
             y_BTNH = attend(q_BTNH, parts, positions_BT, c.sliding_window)
-            cache = kv.write_split(cache, k_BTKH, v_BTKH, positions_BT, after_BTNH=y_BTNH)
-        else:
-            k_BTKH, v_BTKH = jax.tree.map(
-                lambda x: self.constrain(x, "batch", None, "kv_heads", None), (k_BTKH, v_BTKH)
-            )
-            cache = self.write(cache, k_BTKH, v_BTKH, positions_BT)
-            y_BTNH = attend(q_BTNH, [past_part(cache, positions_BT)], positions_BT, c.sliding_window)
-        o_axes = ("embed", "heads", "head_dim")
-        return Einsum("BTNH,DNH->BTD", (D, N, H), o_axes, c.dtype, name="o")(y_BTNH), cache
+            return y_BTNH, kv.write_split(cache, k_BTKH, v_BTKH, positions_BT, after_BTNH=y_BTNH)
+        k_BTKH, v_BTKH = jax.tree.map(lambda x: self.constrain(x, "batch", None, "kv_heads", None), (k_BTKH, v_BTKH))
+        cache = self.write(cache, k_BTKH, v_BTKH, positions_BT)
+        return attend(q_BTNH, [past_part(cache, positions_BT)], positions_BT, c.sliding_window), cache
 
 
 class Mlp(nn.Module):
@@ -72,12 +105,16 @@ class Mlp(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, normed_BTD: Activations, x_BTD: jax.Array) -> jax.Array:
+        """x_BTD with what the layer makes of `normed_BTD` added."""
         D, dtype = self.cfg.embed_dim, self.cfg.dtype
         (F,) = self.cfg.widths("ffw_dim")
-        gate_BTF = Einsum("BTD,FD->BTF", (F, D), ("ffw", "embed"), dtype, name="gate")(x_BTD)
-        up_BTF = Einsum("BTD,FD->BTF", (F, D), ("ffw", "embed"), dtype, name="up")(x_BTD)
-        return Einsum("BTF,DF->BTD", (D, F), ("embed", "ffw"), dtype, name="down")(nn.silu(gate_BTF) * up_BTF)
+        gate_BTF, up_BTF = together(
+            normed_BTD,
+            Einsum("BTD,FD->BTF", (F, D), ("ffw", "embed"), dtype, name="gate"),
+            Einsum("BTD,FD->BTF", (F, D), ("ffw", "embed"), dtype, name="up"),
+        )
+        return Einsum("BTF,DF->BTD", (D, F), ("embed", "ffw"), dtype, name="down")(Gated(gate_BTF, up_BTF), add=x_BTD)
 
 
 class Block(nn.Module):
@@ -86,6 +123,7 @@ class Block(nn.Module):
     cfg: ModelConfig
     constrain: Constrain = _anywhere
     write: Write = kv.write
+    attend: Attend | None = None
 
     @nn.compact
     def __call__(
@@ -93,13 +131,13 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         c, axes = self.cfg, residual_axes(x_BTD.shape[1])
         normed_BTD = RMSNorm("embed", c.norm_eps, c.dtype, name="attn_norm")(x_BTD)
-        y_BTD, cache = Attention(c, self.constrain, self.write, name="attn")(
-            self.constrain(normed_BTD, "batch", None, None), positions_BT, cache
+        x_BTD, cache = Attention(c, self.constrain, self.write, self.attend, name="attn")(
+            self.constrain(normed_BTD, "batch", None, None), x_BTD, positions_BT, cache
         )
-        x_BTD = self.constrain(x_BTD + y_BTD, *axes)
+        x_BTD = self.constrain(x_BTD, *axes)
         normed_BTD = RMSNorm("embed", c.norm_eps, c.dtype, name="mlp_norm")(x_BTD)
-        y_BTD = Mlp(c, name="mlp")(self.constrain(normed_BTD, "batch", None, None))
-        return self.constrain(x_BTD + y_BTD, *axes), cache
+        x_BTD = Mlp(c, name="mlp")(self.constrain(normed_BTD, "batch", None, None), x_BTD)
+        return self.constrain(x_BTD, *axes), cache
 
 
 class Decoder(nn.Module):
@@ -113,11 +151,12 @@ class Decoder(nn.Module):
     cfg: ModelConfig
     constrain: Constrain = _anywhere
     write: Write = kv.write
+    attend: Attend | None = None
 
     def setup(self):
         c = self.cfg
         self.embed = Embed(c.vocab_size, c.embed_dim, c.dtype)
-        self.layers = [Block(c.layer(i), self.constrain, self.write) for i in range(c.num_layers)]
+        self.layers = [Block(c.layer(i), self.constrain, self.write, self.attend) for i in range(c.num_layers)]
         self.final_norm = RMSNorm("embed", c.norm_eps, c.dtype)
         if not c.tie_embeddings:
             shape, axes = (c.vocab_size, c.embed_dim), ("vocab", "embed")

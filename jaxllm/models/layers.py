@@ -12,6 +12,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 
 from jaxllm import arrays
+from jaxllm.activations import Activations, Normed
 from jaxllm.cache import Entries, LayerCache, Rounded, as_keys, as_values
 from jaxllm.config import LinearRope, Llama3Rope
 from jaxllm.params import boxed
@@ -27,16 +28,25 @@ class Einsum(nn.Module):
     bias: bool = False
     out_dtype: str | None = None
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def setup(self):
         contracted = arrays.num_contracted(self.eqn)
-        w = self.param("w", boxed(self.axes, contracted), self.shape, self.dtype)
-        y = arrays.einsum(self.eqn, x, w, self.out_dtype)
+        kept = len(self.shape) - contracted
+        self.w = self.param("w", boxed(self.axes, contracted), self.shape, self.dtype)
         if self.bias:
-            kept = len(self.shape) - contracted
-            b = self.param("b", boxed(self.axes[:kept]), self.shape[:kept], self.dtype)
-            y += jnp.expand_dims(b, range(y.ndim - kept))
-        return y
+            self.b = self.param("b", boxed(self.axes[:kept]), self.shape[:kept], self.dtype)
+
+    def __call__(self, x: Activations, add: jax.Array | None = None) -> jax.Array:
+        """add: is added to the result."""
+        return together(x, self, add=add)[0]
+
+
+def together(x: Activations, *parts: Einsum, add: jax.Array | None = None) -> list[jax.Array]:
+    """The results of several matmuls of the same activations. add: to that of a single one."""
+    results = arrays.einsums([part.eqn for part in parts], x, [part.w for part in parts], parts[0].out_dtype, add)
+    return [
+        y + jnp.expand_dims(part.b, range(y.ndim - part.b.ndim)) if part.bias else y
+        for part, y in zip(parts, results, strict=True)
+    ]
 
 
 class Embed(nn.Module):
@@ -52,23 +62,21 @@ class Embed(nn.Module):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         return arrays.take(self.w, tokens_BT, self.dtype)
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
+    def logits(self, x_BTD: Activations) -> jax.Array:
         return arrays.einsum("BTD,VD->BTV", x_BTD, self.w, "float32")
 
 
 class RMSNorm(nn.Module):
-    """Scales the last axis to unit root mean square (Zhang & Sennrich 2019). Computed in float32."""
+    """Scales the last axis to unit root mean square: see `activations.Normed`."""
 
     axis: str
     eps: float
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> Normed:
         w = self.param("w", boxed((self.axis,)), x.shape[-1:], self.dtype)
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * jnp.expand_dims(w, range(x.ndim - 1))
+        return Normed(x, w, self.eps)
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Rope | LinearRope | None) -> jax.Array:
@@ -84,10 +92,14 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Rope | LinearRo
     return freq
 
 
-def rope(x_BTNH: jax.Array, positions_BT: jax.Array, freq_h: jax.Array) -> jax.Array:
+def rope_angles(positions_BT: jax.Array, freq_h: jax.Array) -> jax.Array:
+    """Float32 [B, T, H / 2]."""
+    return positions_BT[:, :, None].astype(jnp.float32) * freq_h[None, None]
+
+
+def rope(x_BTNH: jax.Array, angles_BTh: jax.Array) -> jax.Array:
     """Rotary position embedding (Su et al. 2021), pairing the two halves of each head as Hugging Face does."""
-    angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * freq_h[None, None, None]
-    sin, cos = jnp.sin(angle_BT1h), jnp.cos(angle_BT1h)
+    sin, cos = jnp.sin(angles_BTh)[:, :, None], jnp.cos(angles_BTh)[:, :, None]
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
 

@@ -1,0 +1,28 @@
+// Compiled once for each instruction set: JAXLLM_ISA is its namespace and JAXLLM_NAME its name.
+
+#include "activations.h"
+#include "attention.h"
+#include "dense.h"
+#include "kernels.h"
+#include "quantised.h"
+
+namespace jaxllm {
+namespace JAXLLM_ISA {
+namespace {
+
+void matmul(const Activations& x, const Weight& w, int64_t first, int64_t last) {
+  switch (w.type) {
+    case Type::kFloat32: return dense<float>(x, w, first, last);
+    case Type::kBfloat16: return dense<bfloat16>(x, w, first, last);
+    case Type::kInt8: return x.parts == 1 ? quantised<false, 1>(x, w, first, last) : quantised<false, 2>(x, w, first, last);
+    case Type::kInt4: return x.parts == 1 ? quantised<true, 1>(x, w, first, last) : quantised<true, 2>(x, w, first, last);
+  }
+}
+
+}  // namespace
+
+extern const Kernels kKernels;
+const Kernels kKernels = {JAXLLM_NAME, activate, pair, round, matmul, take, likeliest, attend};
+
+}  // namespace JAXLLM_ISA
+}  // namespace jaxllm

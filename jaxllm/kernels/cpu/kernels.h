@@ -1,0 +1,99 @@
+// What is compiled for each instruction set, and called through a table that the processor at hand decides.
+
+#pragma once
+
+#include <cstdint>
+
+namespace jaxllm {
+
+constexpr int kPanel = 16;  // rows of a quantised weight that lie together
+constexpr int kBlock = 32;  // values of a row that every group is a multiple of
+
+enum class Type : int8_t { kFloat32, kBfloat16, kInt8, kInt4 };
+
+// Where activations come from: x as it is; x scaled to unit root mean square, times `other` [K]; or silu(x) * other.
+enum class Before : int8_t { kNothing, kNorm, kGate };
+struct Inputs {
+  Before before;
+  const void* x;  // [M, K]
+  bool bfloat16_x;
+  const void* other;  // [K] or [M, K]
+  bool bfloat16_other;
+  float eps;  // of the norm
+};
+
+// Activations [M, K] in float32 and, for quantised weights, rounded: x ≈ step * (high + low / kFiner). `low` is what
+// rounding to int8 lost; there is none where activations are to be int8.
+constexpr int kFiner = 254;
+struct Activations {
+  int64_t M, K;
+  int parts;              // 2 with low, else 1
+  const float* x;         // [M, K]
+  const float* pairs;     // the same as `pair` lays it out, where there are bfloat16 weights
+  const int8_t* rounded;  // [parts, M, K]
+  const float* step;      // [M]
+  const int32_t* sums;    // of rounded, by blocks and then of all: [parts, M, K / kBlock + 1]
+};
+
+// A weight [N, K] and where its product with the activations goes.
+//
+// Float: values [N, K]. Quantised: panels of 16 rows, the last filled up. In a panel, four values of a row lie beside
+// those of the next row; of int4 it is four bytes, byte i of which has value i in its low half and value i + 4 in its
+// high half, 8 added to each. scale and zero_point: [panel, G, 16], for each of G groups of K.
+struct Weight {
+  Type type;
+  int64_t N, K, G;
+  const void* values;
+  const void* scale;
+  bool bfloat16_scale;
+  const int8_t* zero_point;  // or null
+  const void* add;           // [M, N] of y's type, or null: is added to the product
+  void* y;                   // [M, N]
+  bool bfloat16_y;
+};
+
+// Causal attention of T queries a row over a cache that has their own keys and values already.
+struct Attention {
+  int64_t B, T, N, K, S, H;  // as in the design's names
+  Type cache;                // kInt8 with scales
+  const float* q;            // [B, T, N, H]
+  const void* k;             // [B, K, S, H]
+  const void* v;
+  const float* k_scale;  // [B, K, S]
+  const float* v_scale;
+  const int32_t* positions;  // [B, T]
+  int64_t window;            // how far back a query looks, itself included; 0: all the way
+};
+
+// Queries [t, t + count) of row b and the heads of one KV head, over slots [first, last).
+struct Piece {
+  int64_t b, k, t, count, first, last;
+};
+
+// What a piece gives for each query and head: the highest score, the sum of exp(score - highest), and the values
+// weighted so: [count, N / K], the same, and [count, N / K, H].
+struct Partial {
+  float* highest;
+  float* total;
+  float* y;
+};
+
+struct Kernels {
+  const char* name;
+  // Row m of K activations.
+  void (*activate)(const Inputs& in, int64_t m, int64_t K, float* x);
+  // A row of K activations, laid out for bfloat16 weights.
+  void (*pair)(const float* x, int64_t K, float* pairs);
+  // A row of K activations; step: the one to take, or 0 to find it. sums as in Activations, for one row.
+  void (*round)(const float* x, int64_t K, float* step, int8_t* high, int8_t* low, int32_t* high_sums,
+                int32_t* low_sums);
+  // Rows [first, last) of a weight; first is a multiple of kPanel.
+  void (*matmul)(const Activations& x, const Weight& w, int64_t first, int64_t last);
+  // Row n of a weight.
+  void (*take)(const Weight& w, int64_t n, float* y);
+  // Where the first of the highest of `count` is.
+  int64_t (*likeliest)(const float* x, int64_t count);
+  void (*attend)(const Attention& a, const Piece& piece, const Partial& out);
+};
+
+}  // namespace jaxllm

@@ -1,0 +1,186 @@
+// The vectors of an instruction set. Compiled once for each: JAXLLM_ISA is its namespace.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+// Loops over registers: left as loops, their arrays would live in memory.
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace jaxllm {
+namespace JAXLLM_ISA {
+
+#if defined(__AVX512VNNI__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using Float = float __attribute__((vector_size(4 * kLanes)));
+using Int = int32_t __attribute__((vector_size(4 * kLanes)));
+using Bits = uint32_t __attribute__((vector_size(4 * kLanes)));
+
+inline Float fill(float x) { return Float{} + x; }
+inline Int fill(int32_t x) { return Int{} + x; }
+inline Float to_float(Int x) { return __builtin_convertvector(x, Float); }
+
+template <typename V, typename T>
+inline V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline Float load(const float* p) { return load_as<Float>(p); }
+
+inline Float load(const bfloat16* p) {
+#if defined(__AVX512VNNI__)
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<Float>(_mm512_slli_epi32(wide, 16));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return reinterpret_cast<Float>(_mm256_slli_epi32(wide, 16));
+#else
+  using Half = uint16_t __attribute__((vector_size(2 * kLanes)));
+  return reinterpret_cast<Float>(__builtin_convertvector(load_as<Half>(p), Bits) << 16);
+#endif
+}
+
+inline Int load_int(const int8_t* p) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Int>(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Int>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  using Byte = int8_t __attribute__((vector_size(kLanes)));
+  return __builtin_convertvector(load_as<Byte>(p), Int);
+#endif
+}
+
+inline Float load(const int8_t* p) { return to_float(load_int(p)); }
+
+inline void store(float* p, Float x) { std::memcpy(p, &x, sizeof x); }
+
+// Integers in [-128, 127] as bytes.
+inline void store_bytes(int8_t* p, Int x) {
+#if defined(__AVX512VNNI__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x)));
+#else
+  UNROLL
+  for (int lane = 0; lane < kLanes; ++lane) p[lane] = static_cast<int8_t>(x[lane]);
+#endif
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(int8_t x) { return x; }
+inline float to_float(bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+inline bfloat16 to_bfloat16(float x) {  // to the nearest, ties to even; a NaN stays one
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
+}
+
+// y[0:count] of type float or bfloat16, with add[0:count] of the same type unless that is null.
+inline void store_results(void* y, const void* add, bool is_bfloat16, int64_t at, const float* x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (is_bfloat16) {
+      const float more = add == nullptr ? 0 : to_float(static_cast<const bfloat16*>(add)[at + i]);
+      static_cast<bfloat16*>(y)[at + i] = to_bfloat16(x[i] + more);
+    } else {
+      const float more = add == nullptr ? 0 : static_cast<const float*>(add)[at + i];
+      static_cast<float*>(y)[at + i] = x[i] + more;
+    }
+  }
+}
+
+inline float sum(Float x) {
+#if defined(__AVX512VNNI__)
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x));
+#endif
+  float lanes[kLanes];
+  std::memcpy(lanes, &x, sizeof x);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+inline Float larger(Float a, Float b) { return a > b ? a : b; }
+
+// The sums of four vectors, at y[0:4].
+inline void sums_of_four(Float a, Float b, Float c, Float d, float* y) {
+#if defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+  const auto half = [](Float x) {
+    const __m512 whole = reinterpret_cast<__m512>(x);
+    return _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+  };
+#else
+  const auto half = [](Float x) { return reinterpret_cast<__m256>(x); };
+#endif
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+  _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
+  y[0] = sum(a), y[1] = sum(b), y[2] = sum(c), y[3] = sum(d);
+#endif
+}
+
+inline int32_t sum(Int x) {
+#if defined(__AVX512VNNI__)
+  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(x));
+#endif
+  int32_t y = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) y += x[lane];
+  return y;
+}
+
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds what is below 2^22 to an integer, ties to even
+
+inline float highest(Float x) {
+  float y = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) y = x[lane] > y ? x[lane] : y;
+  return y;
+}
+
+// exp(x) for x <= 0, of relative error 2e-7; 0 below -87. Cody & Waite's reduction and a polynomial of degree 6 (the
+// Taylor series, good enough over |r| <= ln 2 / 2).
+inline Float exp_negative(Float x) {
+  const Float n = (x * 1.44269504f + kMagic) - kMagic;
+  const Float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Float y = fill(1.0f / 720);
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  const Int bits = (__builtin_convertvector(n, Int) + 127) << 23;
+  return x < -87.0f ? Float{} : y * reinterpret_cast<Float>(bits);
+}
+
+}  // namespace JAXLLM_ISA
+}  // namespace jaxllm
