@@ -10,11 +10,11 @@ ones. prefill: from the prompt to the first token. Start-up: from the process's 
 converted and caches filled; torch's is without compiling, which comes with the second token. Memory: the most that was
 resident by the end of the first case. Of the bound: the time that reading weights and cache takes at the bandwidth
 measured between the rounds, over a step's. Same tokens: how many agree with the first engine's before one differs.
-Ratios are ours over the best peer of a class, above 1 where ours is better.
+Ratios are ours over the best peer of a class, above 1 where ours is better. Other work on the machine changes who wins:
+"others_cores" says how many cores it took while engines had their turns, and should be near 0.
 
 Expected: not measured yet.
 Run: pip install -e '.[bench]' && python recipes/bench_cpu.py [--engines ours,llama.cpp-Q8_0] [--rounds 5] [--json]
-Nothing else may run on the machine: it would change who wins.
 """
 
 import argparse
@@ -36,7 +36,6 @@ from jaxllm.hub import cache_dir
 _LLAMA_CPP = ("llama-cpp-python", "gguf")
 _ORT = ("onnxruntime-genai", "onnx", "onnx-ir", "torch", "transformers")
 _TORCH = ("transformers", "torch", "torchao")
-
 
 ENGINES = (
     Spec("ours-float32", "float32", "engines.ours", "float32", ("jaxllm",)),

@@ -93,6 +93,7 @@ def test_engines_are_measured_and_those_that_cannot_are_told_with_the_reason(pla
     assert ours["peak_mb"] > 1
     assert (ours["same_tokens"], found["read_gb_s"]["median"]) == (8, 100)
     assert ours["bound_share"] == pytest.approx(0.4)  # 40 steps a second of 1 GB, where 100 could be read
+    assert found["others_cores"] is not None
     assert engines["missing"]["reason"] == "skipped: not-a-distribution is not installed"
     assert "ValueError: no such architecture" in engines["unconvertible"]["reason"]
     assert "32 tokens are too many" in engines["small"]["cases"][names[2]]["reason"]

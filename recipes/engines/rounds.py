@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.driver import Worker, WorkerError
+from engines.driver import Worker, WorkerError, cpu_s
 from engines.summary import Case, bound_share, same_start, spread
 
 _TURN_S = 0.3  # a shorter prefill is repeated for so long, and its median taken
@@ -60,7 +60,10 @@ class Plan:
 
 
 def measure(specs: Sequence[Spec], plan: Plan, log: Callable[[str], None]) -> dict[str, Any]:
-    """{"engines": {name: what was measured, or the reason why not}, "read_gb_s": …}."""
+    """{"engines": {name: what was measured, or the reason why not}, "read_gb_s": …, "others_cores": …}.
+
+    others_cores: that were, on average, busy with something else while an engine had its turn.
+    """
     bench = _Bench(plan, log)
     try:
         for spec in specs:
@@ -70,7 +73,11 @@ def measure(specs: Sequence[Spec], plan: Plan, log: Callable[[str], None]) -> di
             bench.measure(case)
     finally:
         bench.close()
-    return {"engines": bench.finish(), "read_gb_s": spread(bench.read_gb_s) if bench.read_gb_s else None}
+    return {
+        "engines": bench.finish(),
+        "read_gb_s": spread(bench.read_gb_s) if bench.read_gb_s else None,
+        "others_cores": bench.others_s / bench.turns_s if bench.turns_s else None,
+    }
 
 
 class _Bench:
@@ -82,6 +89,7 @@ class _Bench:
         self.workers: dict[str, Worker] = {}
         self.tokens: dict[str, list[int]] = {}  # the answer to the first case
         self.read_gb_s: list[float] = []
+        self.turns_s = self.others_s = 0.0  # of the rounds: their time, and CPU time of what is no engine
         self.bandwidth = Worker("engines.bandwidth", "", plan.folder, plan.threads, plan.folder / "bandwidth.log")
 
     def drop(self, name: str, reason: str) -> None:
@@ -179,12 +187,21 @@ class _Bench:
             self.read()
             order = list(facts)
             for name in order[number % len(order) :] + order[: number % len(order)]:  # nobody is always the first
-                attempt(name, lambda name=name: values[name].append(self.turn(name, case, self.plan.limit_s)))
+                attempt(name, lambda name=name: values[name].append(self.watched(name, case)))
         for name in facts:
             found = facts[name] | spread(values[name]) | {"peak_mb": self.workers[name].peak_mb}
             self.engines[name]["cases"][case.name] = found
             if case is self.plan.cases[0]:
                 self.engines[name]["peak_mb"] = found["peak_mb"]
+
+    def watched(self, name: str, case: Case) -> float:
+        """A turn that counts."""
+        pid = self.workers[name].process.pid
+        began, used = time.perf_counter(), cpu_s() - cpu_s(pid)
+        value = self.turn(name, case, self.plan.limit_s)
+        self.turns_s += time.perf_counter() - began
+        self.others_s += cpu_s() - cpu_s(pid) - used
+        return value
 
     def read(self) -> None:
         try:

@@ -94,7 +94,12 @@ def bound_share(case: Mapping[str, Any] | None, step_bytes: int, batch: int, rea
 
 
 def table(result: Mapping[str, Any], cases: Sequence[Case]) -> Table:
-    made = Table(caption="tokens/s of all rows, median (half the range in %); start-up to the first token")
+    read, others = median(result["read_gb_s"]), result["others_cores"]
+    caption = (
+        "Tokens/s of all rows, median (half the range in %); start-up to the first token. "
+        f"Memory reads {_number(read, '.0f')} GB/s; other work took {_number(others, '.2f')} cores meanwhile."
+    )
+    made = Table(caption=caption, caption_justify="left")
     made.add_column("")
     for case in cases:
         made.add_column(f"{case.kind}\n{case.length}, b{case.batch}", justify="right")
@@ -110,17 +115,21 @@ def table(result: Mapping[str, Any], cases: Sequence[Case]) -> Table:
         made.add_row(
             name,
             *cells,
-            "–" if start is None else f"{start:.2f}",
-            "–" if peak is None else f"{peak:.0f}",
-            "–" if share is None else f"{share:.0%}",
-            "–" if same is None else str(same),
+            _number(start, ".2f"),
+            _number(peak, ".0f"),
+            _number(share, ".0%"),
+            _number(same, "d"),
         )
     columns = [*(case.name for case in cases), "start-up", "memory"]
     for kind in dict.fromkeys(kind for found in result["ratios"].values() for kind in found):
         found = [result["ratios"][column].get(kind, {}).get("ratio") for column in columns]
         if any(found):
-            made.add_row(f"ours / best peer, {kind}", *(f"{r:.2f}x" if r else "–" for r in found), "", "", style="bold")
+            made.add_row(f"ours / best peer, {kind}", *(_number(ratio, ".2f") for ratio in found), "", "", style="bold")
     return made
+
+
+def _number(value: float | None, how: str) -> str:
+    return "–" if value is None else format(value, how)
 
 
 def _cell(measured: Mapping[str, Any] | None) -> str:
