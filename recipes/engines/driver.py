@@ -1,5 +1,6 @@
 """The other end of `worker`: starts engines, gives them turns, and takes what they say or why they do not."""
 
+import hashlib
 import json
 import os
 import signal
@@ -81,3 +82,14 @@ class Worker:
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
+
+
+def jaxllm_fingerprint() -> str:
+    """Of all of jaxllm's files: what it compiled, kept in bundles, is that of the code that is measured."""
+    import jaxllm
+
+    hashed = hashlib.sha256()
+    for file in sorted(Path(jaxllm.__file__).parent.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            hashed.update(file.read_bytes())
+    return hashed.hexdigest()[:8]

@@ -1,7 +1,6 @@
 """Engines, started and measured in turns: case by case, and in each case round by round."""
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import shutil
 import time
@@ -9,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engines.driver import Worker, WorkerError, cpu_s
+from engines.driver import Worker, WorkerError, cpu_s, jaxllm_fingerprint
 from engines.summary import Case, bound_share, same_start, spread
 
 _TURN_S = 0.3  # a shorter prefill is repeated for so long, and its median taken
@@ -108,7 +107,7 @@ class _Bench:
             self.drop(spec.name, f"skipped: {error.name} is not installed")
             return
         self.engines[spec.name]["versions"] = versions
-        edition = f"{versions['jaxllm']}-{_fingerprint()}" if spec.ours else versions[spec.needs[0]]
+        edition = f"{versions['jaxllm']}-{jaxllm_fingerprint()}" if spec.ours else versions[spec.needs[0]]
         final, partial = self.plan.folder / f"{spec.name}-{edition}", self.plan.folder / f"{spec.name}.partial"
 
         def launch(folder: Path = final) -> Worker:
@@ -225,27 +224,16 @@ class _Bench:
         return case.tokens(new_tokens) / seconds
 
     def finish(self) -> dict[str, dict[str, Any]]:
-        first = self.plan.cases[0]
+        case = self.plan.cases[0]
         for name, engine in self.engines.items():
-            measured = engine["cases"].get(first.name, {})
+            measured = engine["cases"].get(case.name, {})
             if name in self.tokens:
                 engine["same_tokens"] = same_start(self.tokens[name], next(iter(self.tokens.values())))
             if self.read_gb_s and "step_bytes" in measured:
-                read = spread(self.read_gb_s)["median"]
-                engine["bound_share"] = bound_share(measured, measured["step_bytes"], first.batch, read)
+                read_gb_s = spread(self.read_gb_s)["median"]
+                engine["bound_share"] = bound_share(measured, measured["step_bytes"], case.batch, read_gb_s)
         return self.engines
 
     def close(self) -> None:
         for worker in (self.bandwidth, *self.workers.values()):
             worker.close()
-
-
-def _fingerprint() -> str:
-    """Of all of jaxllm's files: what it compiled, kept in bundles, is that of the code that is measured."""
-    import jaxllm
-
-    hashed = hashlib.sha256()
-    for file in sorted(Path(jaxllm.__file__).parent.rglob("*")):
-        if file.is_file() and "__pycache__" not in file.parts:
-            hashed.update(file.read_bytes())
-    return hashed.hexdigest()[:8]
