@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from jaxllm.kernels import cpu
+
 Program = Callable[..., Any]
 
 
@@ -86,7 +88,7 @@ def environment(devices: Sequence[Any]) -> dict[str, Any]:
         where = [[*device.coords, device.core_on_chip] for device in devices]
         return found | {"libtpu": importlib.metadata.version("libtpu"), "coords": where}
     if kind == "cpu":
-        return found | {"cpu": _cpu()}
+        return found | {"cpu": _cpu(), "kernels": cpu.version()}
     return found | {"runtime": devices[0].client.platform_version}
 
 

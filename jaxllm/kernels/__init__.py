@@ -79,15 +79,14 @@ def prepare(params: Params, platform: str) -> Params:
     if platform != "cpu" or cpu.library() is None:
         return params
 
-    def one(w: Any) -> Any:
-        if not isinstance(w, QArray) or cpu.unfit(w):
-            return w  # float weights are read as they are
-        abstract = any(isinstance(part, jax.ShapeDtypeStruct) for part in jax.tree.leaves(w))
-        return jax.eval_shape(cpu.pack, w) if abstract else _pack(w)
-
-    prepared = unflatten({path: one(w) for path, w in flatten(params).items()})
-    cpu.use_huge_pages(leaf for leaf in jax.tree.leaves(prepared) if isinstance(leaf, jax.Array))
-    return prepared
+    flat = flatten(params)
+    packable = {path: w for path, w in flat.items() if isinstance(w, QArray) and not cpu.unfit(w)}
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        return unflatten(flat | {path: jax.eval_shape(cpu.pack, w) for path, w in packable.items()})
+    leaves, structure = jax.tree.flatten({path: _pack(w) for path, w in packable.items()})
+    flat |= jax.tree.unflatten(structure, cpu.in_huge_pages(leaves))
+    cpu.ask_for_huge_pages(w for w in flat.values() if isinstance(w, jax.Array))
+    return unflatten(flat)
 
 
 _pack = jax.jit(cpu.pack)

@@ -20,11 +20,17 @@ inline void pair(const float* x, int64_t K, float* y) {
     for (int i = 0; i < kLanes; ++i) y[run + i] = x[run + 2 * i], y[run + kLanes + i] = x[run + 2 * i + 1];
 }
 
+// Several rows at once are several streams, which the processor foresees badly: the next ones are asked for in time.
+template <int R, typename T>
+inline void prefetch_rows(const T* values, int64_t K) {
+  if (R > 1) __builtin_prefetch(values + R * K);
+}
+
 template <int R, int M>
 inline void add_products(const float* values, const float* x, int64_t K, Float (&sums)[R][M]) {
   Float row[R];
   UNROLL
-  for (int r = 0; r < R; ++r) row[r] = load(values + r * K);
+  for (int r = 0; r < R; ++r) row[r] = load(values + r * K), prefetch_rows<R>(values + r * K, K);
   UNROLL
   for (int i = 0; i < M; ++i) {
     const Float of = load(x + i * K);
@@ -39,6 +45,7 @@ inline void add_products(const bfloat16* values, const float* x, int64_t K, Floa
   UNROLL
   for (int r = 0; r < R; ++r) {
     const Bits both = load_as<Bits>(values + r * K);
+    prefetch_rows<R>(values + r * K, K);
     even[r] = reinterpret_cast<Float>(both << 16);
     odd[r] = reinterpret_cast<Float>(both & 0xFFFF0000u);
   }

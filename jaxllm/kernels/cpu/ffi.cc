@@ -280,7 +280,8 @@ ffi::Error attend(ffi::AnyBuffer q, ffi::AnyBuffer new_k, ffi::AnyBuffer new_v, 
       rotate(from_q + at, c, s, half, to_q + at);
     }
     if (slot < 0 || slot >= a.S) return;
-    std::vector<float> head(a.H);
+    thread_local std::vector<float> head;
+    head.resize(a.H);
     for (int64_t h = 0; h < a.K; ++h) {
       const int64_t at = (bt * a.K + h) * a.H, to = (b * a.K + h) * a.S + slot;
       rotate(from_k + at, c, s, half, head.data());

@@ -101,20 +101,26 @@ inline float to_float(bfloat16 x) {
 inline bfloat16 to_bfloat16(float x) {  // to the nearest, ties to even; a NaN stays one
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
-  return {static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)};
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return {static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40)};
 }
 
-// y[0:count] of type float or bfloat16, with add[0:count] of the same type unless that is null.
+// y[at:at + count] of type float or bfloat16, with `add` at the same place, of the same type, unless that is null.
 inline void store_results(void* y, const void* add, bool is_bfloat16, int64_t at, const float* x, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (is_bfloat16) {
-      const float more = add == nullptr ? 0 : to_float(static_cast<const bfloat16*>(add)[at + i]);
-      static_cast<bfloat16*>(y)[at + i] = to_bfloat16(x[i] + more);
-    } else {
-      const float more = add == nullptr ? 0 : static_cast<const float*>(add)[at + i];
-      static_cast<float*>(y)[at + i] = x[i] + more;
-    }
+  if (is_bfloat16) {
+    auto* to = static_cast<bfloat16*>(y) + at;
+    const auto* more = static_cast<const bfloat16*>(add) + at;
+    if (add == nullptr)
+      for (int64_t i = 0; i < count; ++i) to[i] = to_bfloat16(x[i]);
+    else
+      for (int64_t i = 0; i < count; ++i) to[i] = to_bfloat16(x[i] + to_float(more[i]));
+  } else {
+    auto* to = static_cast<float*>(y) + at;
+    const auto* more = static_cast<const float*>(add) + at;
+    if (add == nullptr)
+      std::memcpy(to, x, count * sizeof(float));
+    else
+      for (int64_t i = 0; i < count; ++i) to[i] = x[i] + more[i];
   }
 }
 
