@@ -96,7 +96,7 @@ def in_huge_pages(arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def ask_for_huge_pages(arrays: Iterable[jax.Array]) -> None:
-    """The same for arrays where they are: a hint, which Linux may not follow (before 6.1 it does so slowly, if at all)."""
+    """The same for arrays where they are: a hint, which Linux before 6.1 follows slowly, if at all."""
     if sys.platform != "linux":
         return
     madvise = ctypes.CDLL(None).madvise
