@@ -10,7 +10,7 @@ from typing import Any
 if "avx512f" in Path("/proc/cpuinfo").read_text():
     os.environ["CT2_FORCE_CPU_ISA"] = "AVX512"
 
-import ctranslate2
+import ctranslate2  # pyright: ignore[reportMissingImports]
 
 
 class Engine:
@@ -19,7 +19,7 @@ class Engine:
         self.generator = None
 
     def prepare(self, source: Path) -> None:
-        from ctranslate2.converters import TransformersConverter
+        from ctranslate2.converters import TransformersConverter  # pyright: ignore[reportMissingImports]
 
         TransformersConverter(str(source)).convert(str(self.folder), quantization=self.variant, force=True)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
-import openvino_genai as genai
+import openvino  # pyright: ignore[reportMissingImports]
+import openvino_genai as genai  # pyright: ignore[reportMissingImports]
 from engines import gguf_
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime_genai
+import onnxruntime_genai  # pyright: ignore[reportMissingImports]
 
 og: Any = onnxruntime_genai  # a module without types
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
 from transformers import AutoModelForCausalLM, StaticCache
 
 

@@ -224,7 +224,13 @@ inline void round(const float* x, int64_t K, float* step, int8_t* high, int8_t* 
     const float absmax = highest(most);
     *step = sum(wrong) != 0 ? NAN : absmax == 0 ? 1.0f : absmax / 127.0f;  // a NaN makes all results one
   }
-  const Float divisor = fill(*step == *step ? *step : 1.0f);
+  if (*step != *step) {
+    std::memset(high, 0, K);
+    std::memset(high_sums, 0, (K / kBlock + 1) * sizeof(int32_t));
+    if (low != nullptr) std::memset(low, 0, K), std::memset(low_sums, 0, (K / kBlock + 1) * sizeof(int32_t));
+    return;
+  }
+  const Float divisor = fill(*step);
   Int all_high{}, all_low{};
   for (int64_t block = 0; block < K / kBlock; ++block) {
     Int sum_high{}, sum_low{};
