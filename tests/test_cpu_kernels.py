@@ -3,10 +3,13 @@
 import ctypes
 import dataclasses
 import functools
+import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -302,3 +305,26 @@ print(jaxllm.compile(lm, max_len=64).generate(PROMPT, max_new_tokens=24, stop_to
     assert run.stderr.count("CPU kernels: switched off") == 1
     tokens = jaxllm.compile(model("int8"), max_len=64).generate(PROMPT, max_new_tokens=24, stop_tokens=())[0].tokens
     assert run.stdout.strip() == str(tokens)
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path):
+    """The tests of this file, with address and undefined behaviour watched."""
+    source = Path(cpu.__file__).parent
+    compiler = shutil.which("g++")
+    assert compiler is not None, "GCC is needed for its sanitizers"
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+    settings = ["-DCMAKE_CXX_COMPILER=g++", f"-DCMAKE_CXX_FLAGS={flags}", f"-DPython_EXECUTABLE={sys.executable}"]
+    subprocess.run(["cmake", "-S", source, "-B", tmp_path, *settings], check=True)
+    subprocess.run(["cmake", "--build", tmp_path], check=True)
+    runtimes = (
+        subprocess.check_output([compiler, f"-print-file-name=lib{name}.so"], text=True).strip()
+        for name in ("asan", "ubsan")
+    )
+    environment = {
+        "JAXLLM_CPU_KERNELS": str(tmp_path / "_kernels.so"),
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    command = [sys.executable, "-m", "pytest", "-n0", "-k", "not without_them", __file__]
+    subprocess.run(command, env={**os.environ, **environment}, check=True)

@@ -1,8 +1,9 @@
 """C++ kernels for CPUs, which XLA calls through its foreign function interface: matmuls of few rows, quantised weights,
 and attention over the cache. XLA's own forms of these read memory at a tenth of its rate, or wake a thread for each.
 
-Set JAXLLM_CPU_KERNELS=0 to do without them, JAXLLM_ISA to avx512, avx2 or portable for kernels of less than this
-processor has, and JAXLLM_THREADS to the number of threads, by default as many as the process may run on.
+Set JAXLLM_CPU_KERNELS to 0 to do without them, or to the file of another build; JAXLLM_ISA to avx512, avx2 or portable
+for kernels of less than this processor has; JAXLLM_THREADS to the number of threads, by default as many as the process
+may run on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import logging
 import math
 import mmap
@@ -45,25 +47,27 @@ _DENSE_ROWS = 16  # from more rows on, XLA's matmul of float weights is the fast
 @functools.cache
 def library() -> Path | None:
     """The kernels' file, registered with XLA; None where they were not built or are not wanted, which the log tells."""
-    if os.environ.get("JAXLLM_CPU_KERNELS") == "0":
+    wanted = os.environ.get("JAXLLM_CPU_KERNELS", "")
+    if wanted == "0":
         _log.info("CPU kernels: switched off, XLA does without")
         return None
-    import importlib.util
-
     spec = importlib.util.find_spec("jaxllm.kernels.cpu._kernels")
-    if spec is None or spec.origin is None:
-        _log.warning("CPU kernels: not built (a C++ compiler and `pip install` again builds them); XLA does without")
+    path = wanted or (spec.origin if spec is not None else None)
+    if path is None:
+        _log.warning(
+            "CPU kernels: not built, XLA does without; with a C++ compiler, `pip install` jaxllm again builds them"
+        )
         return None
     try:
-        library = ctypes.CDLL(spec.origin)
+        library = ctypes.CDLL(path)
     except OSError as error:
-        _log.warning("CPU kernels: %s cannot be loaded (%s); XLA does without", spec.origin, error)
+        _log.warning("CPU kernels: %s cannot be loaded (%s), XLA does without", path, error)
         return None
     for target, symbol in _TARGETS.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     library.jaxllm_isa.restype = ctypes.c_char_p
     _log.info("CPU kernels: %s", library.jaxllm_isa().decode())
-    return Path(spec.origin)
+    return Path(path)
 
 
 @functools.cache
