@@ -86,7 +86,8 @@ def lower(spec: Spec, cfg: ModelConfig, params: Params, devices: Sequence[Any]) 
 
 def _lowering(spec: Spec, cfg: ModelConfig, params: Params, devices: Sequence[Any]) -> Lowering:
     mesh = spec.make_mesh(devices)
-    return Lowering(cfg, storable(params, mesh), spec.batch, spec.max_len, mesh, spec.rules, devices[0].platform)
+    platform = devices[0].platform
+    return Lowering(cfg, storable(params, mesh, platform), spec.batch, spec.max_len, mesh, spec.rules, platform)
 
 
 def _environment(lowering: Lowering, devices: Sequence[Any]) -> dict[str, Any]:
@@ -179,7 +180,7 @@ def load_bundle(path: str | Path) -> Engine:
         hosts.require_same("the bundle", manifest)
     lm = load_path(path, origin="", mesh=mesh, rules=spec.rules)
     params = storable(lm.params, mesh)
-    lowering = _lowering(spec, lm.cfg, params, devices)
+    lowering = _lowering(spec, lm.cfg, jax.eval_shape(lambda params: params, params), devices)
     was, here = manifest["environment"], _environment(lowering, devices)
     if differ := [key for key in {**was, **here} if was.get(key) != here.get(key)]:
         told = (", ".join(f"{key} {side.get(key)}" for key in differ) for side in (was, here))

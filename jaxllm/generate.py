@@ -323,10 +323,13 @@ def compile(
     return Engine(lm.cfg, params, programs, lm.tokenizer, max_len, mesh, rules)
 
 
-def storable(params: Params, mesh: Mesh | None) -> Params:
-    """The weights, or their shapes, as the programs of a mesh, or of the default device, take them."""
+def storable(params: Params, mesh: Mesh | None, platform: str | None = None) -> Params:
+    """The weights, or their shapes, as programs take them: those of a mesh, or of one device.
+
+    platform: the device's; None for the default device's.
+    """
     if mesh is None:
-        return kernels.prepare(params, jax.default_backend())
+        return kernels.prepare(params, platform or jax.default_backend())
     if mesh.devices.flat[0].platform != "cpu":
         return params
 

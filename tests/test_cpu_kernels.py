@@ -291,6 +291,12 @@ def test_what_the_kernels_do_not_take_is_left_to_xla():
     assert (logits.max(-1) - logits[np.arange(8), tokens]).max() < 1e-2
 
 
+def test_weights_for_another_platform_stay_as_they_are():
+    lm = model("int8")
+    assert storable(lm.params, None, "tpu") is lm.params
+    assert isinstance(flatten(storable(lm.params, None, "cpu"))["embed/w"], arrays.Packed)
+
+
 def test_without_them_one_line_says_so_and_answers_are_the_same(monkeypatch):
     script = """
 import logging, sys
