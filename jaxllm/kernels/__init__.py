@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -83,13 +84,12 @@ def prepare(params: Params, platform: str) -> Params:
     packable = {path: w for path, w in flat.items() if isinstance(w, QArray) and not cpu.unfit(w)}
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
         return unflatten(flat | {path: jax.eval_shape(cpu.pack, w) for path, w in packable.items()})
-    leaves, structure = jax.tree.flatten({path: _pack(w) for path, w in packable.items()})
+    on_host = (jax.tree.map(np.asarray, w) for w in packable.values())
+    packed = (cpu.pack(w, np) for w in on_host)
+    leaves, structure = jax.tree.flatten(dict(zip(packable, packed, strict=True)))
     flat |= jax.tree.unflatten(structure, cpu.in_huge_pages(leaves))
     cpu.ask_for_huge_pages(w for w in flat.values() if isinstance(w, jax.Array))
     return unflatten(flat)
-
-
-_pack = jax.jit(cpu.pack)
 
 
 def equip(params: Params, kernels: Mapping[str, Kernel], platform: str) -> Params:

@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,14 +78,14 @@ def version() -> str:
     return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def in_huge_pages(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Copies of arrays, in memory that Linux has in huge pages: it is read at up to 1.8 times the rate."""
+def in_huge_pages(arrays: Sequence[Any]) -> list[jax.Array]:
+    """Copies of NumPy's or jax's arrays in memory of huge pages, which is read at up to 1.8 times the rate."""
     offsets, end = [], 0
     for x in arrays:
         offsets.append(end)
         end += -(-x.nbytes // _ALIGNED) * _ALIGNED
     if sys.platform != "linux" or end < _HUGE:
-        return [*arrays]
+        return [jnp.asarray(x) for x in arrays]
     memory = mmap.mmap(-1, end + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     room = np.frombuffer(memory, np.uint8)
@@ -141,19 +142,23 @@ def unfit(w: QArray) -> str:
     return "" if width <= _LARGEST_K else f"{width} contracted values"
 
 
-def pack(w: QArray) -> Packed:
-    """As the kernels read it; see kernels.h."""
+def pack(w: QArray, numpy: Any = jnp) -> Packed:
+    """As the kernels read it; see kernels.h.
+
+    numpy: NumPy itself for a weight of NumPy arrays: nothing is compiled.
+    """
     flat = arrays.as_matrix(w)
     rows, width = flat.shape
     fill = -rows % arrays.PANEL
 
-    def panels(part: jax.Array) -> jax.Array:  # [N, …] to [panel, 16, …]
-        part = jnp.pad(part, ((0, fill), *((0, 0),) * (part.ndim - 1)))
+    def panels(part: Any) -> Any:  # [N, …] to [panel, 16, …]
+        if fill:
+            part = numpy.pad(part, ((0, fill), *((0, 0),) * (part.ndim - 1)))
         return part.reshape(-1, arrays.PANEL, *part.shape[1:])
 
-    values = panels(flat.values.astype(jnp.int8))
+    values = panels(flat.values.astype(numpy.int8))
     if w.values.dtype == jnp.int4:
-        halves = (values + 8).astype(jnp.uint8).reshape(-1, arrays.PANEL, width // 8, 2, 4)
+        halves = (values + 8).astype(numpy.uint8).reshape(-1, arrays.PANEL, width // 8, 2, 4)
         values = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
     else:
         values = values.reshape(-1, arrays.PANEL, width // 4, 4)
