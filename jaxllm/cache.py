@@ -38,10 +38,10 @@ class KVCache:
     A slot is read only by queries at its own or a later position, so what a slot held before it was written, or what a
     padded prompt left in it, is never seen.
 
-    split: how it is used, which is for the compiler. XLA on CPU copies a cache that is written and then read: there a
-    call's own keys and values are attended to beside the cache and written afterwards; and keys have their slots last,
-    or the whole of them would be transposed in every step. A TPU's or GPU's writes first and reads the cache alone;
-    keys with slots last would be laid out anew around every write.
+    split: how it is used, which is for the compiler. XLA on CPU copies a cache that is written and then read: without
+    the kernel that does both (`kernels.cpu`), a call's own keys and values are attended to beside the cache and written
+    afterwards; and keys have their slots last, or the whole of them would be transposed in every step. A TPU's or GPU's
+    writes first and reads the cache alone; keys with slots last would be laid out anew around every write.
     """
 
     k: tuple[Entries, ...]  # num_layers of [B, K, H, S] where split, else of [B, K, S, H]

@@ -191,11 +191,8 @@ class Lowering:
             decoder, choose_token = Decoder(cfg, attend=cpu.attend), cpu.likeliest
         else:
             decoder, choose_token = Decoder(cfg, write=write), likeliest
-        fast = (
-            {}
-            if platform == "cpu" and not native
-            else kernels.choose(self.params, platform, shard.axes_of(rules["batch"]))
-        )
+        chooses = native or platform != "cpu"
+        fast = kernels.choose(self.params, platform, shard.axes_of(rules["batch"])) if chooses else {}
         self._model = programs.Model(decoder, fast, platform, choose_token)
         self._probes = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in shard.axes_of(rules["batch"]))
 

@@ -252,7 +252,7 @@ def attend(
     angles_BTh: jax.Array,
     window: int | None,
 ) -> tuple[jax.Array, LayerCache]:
-    """As `models.layers.attend_cached`, the cache, which is not split, being updated in place."""
+    """What `models.decoder.Attend` says, over a cache that is not split and is updated in place: see `ffi.cc`."""
     entries, structure = jax.tree.flatten((past.k, past.v))
     if isinstance(past.k, Rounded):  # values first, then scales
         entries = [entries[0], entries[2], entries[1], entries[3]]

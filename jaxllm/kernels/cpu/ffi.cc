@@ -88,24 +88,10 @@ Team& team() {
   return made;
 }
 
-float to_float(uint16_t bfloat16) {
-  const uint32_t bits = uint32_t{bfloat16} << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
-  return static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
 // A float32 buffer as it is, or a bfloat16 one widened into `room`.
 const float* as_float32(const ffi::AnyBuffer& x, std::vector<float>& room) {
   if (x.element_type() == ffi::F32) return static_cast<const float*>(x.untyped_data());
-  const auto* from = static_cast<const uint16_t*>(x.untyped_data());
+  const auto* from = static_cast<const bfloat16*>(x.untyped_data());
   room.resize(x.element_count());
   for (size_t i = 0; i < room.size(); ++i) room[i] = to_float(from[i]);
   return room.data();
@@ -233,7 +219,7 @@ void put(const float* x, int64_t H, Type type, void* values, float* scales, int6
   switch (type) {
     case Type::kFloat32: std::memcpy(static_cast<float*>(values) + slot * H, x, H * sizeof(float)); return;
     case Type::kBfloat16:
-      for (int64_t h = 0; h < H; ++h) static_cast<uint16_t*>(values)[slot * H + h] = to_bfloat16(x[h]);
+      for (int64_t h = 0; h < H; ++h) static_cast<bfloat16*>(values)[slot * H + h] = to_bfloat16(x[h]);
       return;
     default: {
       float absmax = 0;
@@ -348,7 +334,7 @@ ffi::Error attend(ffi::AnyBuffer q, ffi::AnyBuffer new_k, ffi::AnyBuffer new_v, 
   if (cuts > 1)
     for (int64_t whole = 0; whole < pieces / cuts; ++whole) finish(whole);
   if (!direct) {
-    auto* to = static_cast<uint16_t*>(y->untyped_data());
+    auto* to = static_cast<bfloat16*>(y->untyped_data());
     for (size_t i = 0; i < y_room.size(); ++i) to[i] = to_bfloat16(out[i]);
   }
   return ffi::Error::Success();
@@ -368,7 +354,7 @@ ffi::Error take(ffi::Buffer<ffi::S32> rows, ffi::RemainingArgs args, ffi::Result
     float* to = direct ? static_cast<float*>(y->untyped_data()) + m * K : row.data();
     kernels().take(w, n, to);
     if (!direct)
-      for (int64_t k = 0; k < K; ++k) static_cast<uint16_t*>(y->untyped_data())[m * K + k] = to_bfloat16(row[k]);
+      for (int64_t k = 0; k < K; ++k) static_cast<bfloat16*>(y->untyped_data())[m * K + k] = to_bfloat16(row[k]);
   }
   return ffi::Error::Success();
 }

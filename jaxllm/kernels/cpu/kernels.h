@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace jaxllm {
 
@@ -10,6 +11,25 @@ constexpr int kPanel = 16;  // rows of a quantised weight that lie together
 constexpr int kBlock = 32;  // values of a row that every group is a multiple of
 
 enum class Type : int8_t { kFloat32, kBfloat16, kInt8, kInt4 };
+
+struct bfloat16 {
+  uint16_t bits;  // the upper half of a float's
+};
+
+// static: each file has its own, in instructions of its own.
+static inline float to_float(bfloat16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+static inline bfloat16 to_bfloat16(float x) {  // to the nearest, ties to even; a NaN stays one
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return {static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40)};
+}
 
 // Where activations come from: x as it is; x scaled to unit root mean square, times `other` [K]; or silu(x) * other.
 enum class Before : int8_t { kNothing, kNorm, kGate };

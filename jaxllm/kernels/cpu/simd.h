@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__ARM_FEATURE_DOTPROD)
@@ -44,10 +46,6 @@ inline V load_as(const T* p) {
   std::memcpy(&v, p, sizeof(V));
   return v;
 }
-
-struct bfloat16 {
-  uint16_t bits;
-};
 
 inline Float load(const float* p) { return load_as<Float>(p); }
 
@@ -89,22 +87,9 @@ inline void store_bytes(int8_t* p, Int x) {
 #endif
 }
 
+using jaxllm::to_float;
 inline float to_float(float x) { return x; }
 inline float to_float(int8_t x) { return x; }
-inline float to_float(bfloat16 x) {
-  const uint32_t bits = uint32_t{x.bits} << 16;
-  float y;
-  std::memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-inline bfloat16 to_bfloat16(float x) {  // to the nearest, ties to even; a NaN stays one
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  return {static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40)};
-}
-
 // y[at:at + count] of type float or bfloat16, with `add` at the same place, of the same type, unless that is null.
 inline void store_results(void* y, const void* add, bool is_bfloat16, int64_t at, const float* x, int64_t count) {
   if (is_bfloat16) {
