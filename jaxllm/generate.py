@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,10 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """A compiled model. Made by `compile`; generate and stream may be called any number of times."""
+    """A compiled model. Made by `compile`; generate and stream may be called any number of times, from any thread.
+
+    What a generation ends with, its cache above all, is kept for the next.
+    """
 
     cfg: ModelConfig
     params: Any  # Params; with stages, a tuple of those of each
@@ -51,6 +55,7 @@ class Engine:
     max_len: int
     mesh: Mesh | None
     rules: shard.Rules
+    _idle: list[Any] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)  # states
 
     def generate(
         self,
@@ -157,20 +162,31 @@ class Engine:
             row[: len(prompt)] = prompt
 
         row_B = np.arange(first_row, first_row + batch, dtype=np.int32)
-        state = self.programs.start()
+        state = self._start()
         at, tokens = 0, None
-        for chunk in plan:
-            call = self.programs.prefill[chunk]
-            state, tokens = call(self.params, state, tokens_BT[:, at : at + chunk], np.int32(at), lengths_B, row_B, how)
-            at += chunk
-        left = limit - 1
-        # The next block is dispatched before this one is read, so that the host's work costs no time.
-        while left > 0:
-            state, ahead = self.programs.decode(self.params, state, np.int32(left), how)
+        with contextlib.suppress(GeneratorExit):  # whoever asked has enough
+            for chunk in plan:
+                call, new = self.programs.prefill[chunk], tokens_BT[:, at : at + chunk]
+                state, tokens = call(self.params, state, new, np.int32(at), lengths_B, row_B, how)
+                at += chunk
+            left = limit - 1
+            # The next block is dispatched before this one is read, so that the host's work costs no time.
+            while left > 0:
+                state, ahead = self.programs.decode(self.params, state, np.int32(left), how)
+                yield _columns(tokens)
+                tokens = ahead
+                left -= ahead.shape[1]
             yield _columns(tokens)
-            tokens = ahead
-            left -= ahead.shape[1]
-        yield _columns(tokens)
+        self._idle.append(state)
+
+    def _start(self) -> Any:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            state = self.programs.start()
+        if self.mesh is None:
+            kernels.settle(state)
+        return state
 
     @property
     def step_bytes(self) -> int:

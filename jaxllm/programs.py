@@ -79,7 +79,8 @@ def prefill(
     x = tokens_BC if x_BCD is None else x_BCD
     logits_B1V, cache = model(params, x, positions_BC, state.cache, jnp.clip(last_B, 0, chunk - 1))
     rows_B = jnp.arange(batch)
-    seen_BV = state.seen_BV.at[rows_B[:, None], tokens_BC].max(positions_BC < lengths_B[:, None])
+    seen_BV = state.seen_BV & (start > 0)  # the state may be one that another generation has left
+    seen_BV = seen_BV.at[rows_B[:, None], tokens_BC].max(positions_BC < lengths_B[:, None])
     ends_here_B = (last_B >= 0) & (last_B < chunk)
     token_B = next_token(logits_B1V[:, 0], seen_BV, row_B, lengths_B, how, model.likeliest)
     token_B = jnp.where(ends_here_B, token_B, state.token_B)

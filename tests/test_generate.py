@@ -10,6 +10,7 @@ import jaxllm
 from jaxllm import shard
 from jaxllm.cache import init_cache
 from jaxllm.generate import plan_prefill
+from jaxllm.kernels import cpu
 from jaxllm.models.decoder import Decoder
 from jaxllm.sample import as_arrays
 from tests.conftest import FAMILIES, TINY
@@ -98,6 +99,16 @@ def test_chance_depends_on_seed_row_and_position_only(engines):
     assert [r.tokens for r in one_by_one] == [r.tokens for r in first]
 
 
+def test_a_generation_leaves_no_trace_in_the_next(engines, tiny):
+    asked = {"prompts": [[1, 2, 3], [40, 41]], "max_new_tokens": 20, "repetition_penalty": 1e6}
+    engine = jaxllm.compile(tiny, batch=2, max_len=64)
+    fresh = engine.generate(**asked)
+    engine.generate([list(range(60)), [7]], max_new_tokens=3)
+    next(engine.stream([9, 8], max_new_tokens=30), None)  # left in the middle
+    assert len(engine._idle) == 1
+    assert engine.generate(**asked) == fresh
+
+
 def test_repetition_penalty_counts_prompt_and_answer(engine):
     (result,) = engine.generate([[1, 2, 3]], max_new_tokens=60, repetition_penalty=1e6)
     # Only positive logits of unseen tokens survive such a penalty.
@@ -109,7 +120,9 @@ def unsharded(request, tiny):
     """A model, prompts, and what one device makes of them."""
     lm = tiny if request.param == "float" else jaxllm.quantize("int8")(tiny)
     prompts = [list(range(3 + n, 40 - n)) for n in range(4)]
-    results = jaxllm.compile(lm, batch=4, max_len=64).generate(prompts, max_new_tokens=12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "library", lambda: None)  # as over a mesh: its int8 kernels round activations otherwise
+        results = jaxllm.compile(lm, batch=4, max_len=64).generate(prompts, max_new_tokens=12)
     return lm, prompts, [result.tokens for result in results]
 
 

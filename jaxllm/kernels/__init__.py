@@ -92,6 +92,12 @@ def prepare(params: Params, platform: str) -> Params:
     return unflatten(flat)
 
 
+def settle(state: Any) -> None:
+    """Where the state of one device lies, its kernels are to read it fast."""
+    if jax.default_backend() == "cpu" and cpu.library() is not None:
+        cpu.ask_for_huge_pages(jax.tree.leaves(jax.block_until_ready(state)))
+
+
 def equip(params: Params, kernels: Mapping[str, Kernel], platform: str) -> Params:
     """The same weights, those with a kernel as `Fast`."""
     if not kernels:

@@ -183,7 +183,8 @@ def contract(
     add: is added to the result of a single weight. Quantised weights must be Packed.
     """
     steps = [w.x_scale for w in weights if isinstance(w, Packed) and w.x_scale is not None]
-    if len(weights) > 1 and steps:  # each is applied to activations of its own
+    kinds = {w.values.dtype for w in weights if isinstance(w, Packed)}
+    if len(weights) > 1 and (steps or len(kinds) > 1):  # each is applied to activations rounded for it
         return [contract(contracted, x, [w], None, out)[0] for w in weights]
     given = activations.shape(x)
     batch = given[: len(given) - contracted]

@@ -79,14 +79,21 @@ inline const float* as_floats(const T* from, int64_t rows, int64_t H, int64_t wi
   return *row = wide_H, room;
 }
 
+template <typename T>
+inline void prefetch(const T* from, int64_t count) {
+  const char* at = reinterpret_cast<const char*>(from);
+  for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(at + byte);
+}
+
 template <typename T, int kR, int kV>
-inline void mix_columns(const float* weights, const T* v, int64_t H, int64_t count, float* y, int64_t wide_H) {
+inline void mix_columns(const float* weights, const T* v, const T* next_k, int64_t H, int64_t count, float* y, int64_t wide_H) {
   Float sums[kR][kV];
   UNROLL
   for (int r = 0; r < kR; ++r)
     UNROLL
     for (int i = 0; i < kV; ++i) sums[r][i] = load(y + r * wide_H + i * kLanes);
   for (int64_t s = 0; s < count; ++s) {
+    prefetch(next_k + s * H, kV * kLanes);
     Float of[kV];
     UNROLL
     for (int i = 0; i < kV; ++i) of[i] = load(v + s * H + i * kLanes);
@@ -101,10 +108,12 @@ inline void mix_columns(const float* weights, const T* v, int64_t H, int64_t cou
     for (int i = 0; i < kV; ++i) store(y + r * wide_H + i * kLanes, sums[r][i]);
 }
 
-// Scores [kR, kSlots] of queries [kR, H] and keys [count, H].
+// Scores [kR, kSlots] of queries [kR, H] and keys [count, H]. A short run of a cache is over before the processor
+// foresees it, so each step asks for as much of the values, which come next.
 template <typename T, int kR>
-inline void score_few(const float* q, const T* k, int64_t H, int64_t count, float* scores) {
+inline void score_few(const float* q, const T* k, const T* v, int64_t H, int64_t count, float* scores) {
   for (int64_t s = 0; s < count; s += 4) {
+    prefetch(v + s * H, 4 * H);
     const T* keys[4];
     UNROLL
     for (int i = 0; i < 4; ++i) keys[i] = k + std::min(s + i, count - 1) * H;
@@ -131,12 +140,12 @@ inline void score_few(const float* q, const T* k, int64_t H, int64_t count, floa
   }
 }
 
-// y[0:kR, 0:H] (rows of wide_H) += weights [kR, kSlots] times values [count, H].
+// y[0:kR, 0:H] (rows of wide_H) += weights [kR, kSlots] times values [count, H]. next_k: keys to ask for meanwhile.
 template <typename T, int kR>
-inline void mix_few(const float* weights, const T* v, int64_t H, int64_t count, float* y, int64_t wide_H) {
+inline void mix_few(const float* weights, const T* v, const T* next_k, int64_t H, int64_t count, float* y, int64_t wide_H) {
   int64_t h = 0;
-  for (; h + 4 * kLanes <= H; h += 4 * kLanes) mix_columns<T, kR, 4>(weights, v + h, H, count, y + h, wide_H);
-  for (; h + kLanes <= H; h += kLanes) mix_columns<T, kR, 1>(weights, v + h, H, count, y + h, wide_H);
+  for (; h + 4 * kLanes <= H; h += 4 * kLanes) mix_columns<T, kR, 4>(weights, v + h, next_k + h, H, count, y + h, wide_H);
+  for (; h + kLanes <= H; h += kLanes) mix_columns<T, kR, 1>(weights, v + h, next_k + h, H, count, y + h, wide_H);
   for (; h < H; ++h)
     for (int r = 0; r < kR; ++r)
       for (int64_t s = 0; s < count; ++s) y[r * wide_H + h] += weights[r * kSlots + s] * to_float(v[s * H + h]);
@@ -154,8 +163,8 @@ inline void softmax_few(const Attention& a, int64_t cache_row, const int32_t* po
   for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
   float k_scale[kSlots] = {}, v_scale[kSlots] = {};
   if (a.k_scale != nullptr) {
-    std::memcpy(k_scale, a.k_scale + cache_row * a.S + first, count * sizeof(float));
-    std::memcpy(v_scale, a.v_scale + cache_row * a.S + first, count * sizeof(float));
+    const int64_t at = cache_row * a.S + first;
+    for (int64_t s = 0; s < count; ++s) k_scale[s] = a.k_scale[at + s], v_scale[s] = a.v_scale[at + s];
   }
   for (int64_t r = 0; r < R; ++r) {
     float* of = scores + r * kSlots;
@@ -227,7 +236,7 @@ inline void by_few(int64_t R, const Work& work) {
 }
 
 template <typename T>
-void attend_as(const Attention& a, const Piece& piece, const Partial& out) {
+void attend_as(const Attention& a, const Piece& piece, const Piece& next, const Partial& out) {
   const int64_t G = a.N / a.K, H = a.H, R = piece.count * G;
   const int64_t wide_R = (R + kLanes - 1) / kLanes * kLanes, wide_H = (H + kLanes - 1) / kLanes * kLanes;
   const float* q = a.q + ((piece.b * a.T + piece.t) * a.N + piece.k * G) * H;
@@ -266,7 +275,7 @@ void attend_as(const Attention& a, const Piece& piece, const Partial& out) {
     const T *k_here = k + first * H, *v_here = v + first * H;
     if (few) {
       by_few(R, [&](auto rows, int64_t r) {
-        score_few<T, rows>(queries + r * H, k_here, H, count, scores + r * kSlots);
+        score_few<T, rows>(queries + r * H, k_here, v_here, H, count, scores + r * kSlots);
       });
       softmax_few(a, cache_row, positions, G, R, first, count, scores, highest_R, total_R, y_scale);
     } else {
@@ -280,8 +289,10 @@ void attend_as(const Attention& a, const Piece& piece, const Partial& out) {
       if (y_scale[r] != 1.0f)
         for (int64_t h = 0; h < wide_H; h += kLanes) store(y + r * wide_H + h, load(y + r * wide_H + h) * y_scale[r]);
     if (few) {
+      const bool last = first + kSlots >= piece.last;
+      const T* next_k = last ? static_cast<const T*>(a.k) + ((next.b * a.K + next.k) * a.S + next.first) * H : k_here + kSlots * H;
       by_few(R, [&](auto rows, int64_t r) {
-        mix_few<T, rows>(scores + r * kSlots, v_here, H, count, y + r * wide_H, wide_H);
+        mix_few<T, rows>(scores + r * kSlots, v_here, next_k, H, count, y + r * wide_H, wide_H);
       });
     } else {
       int64_t row;
@@ -295,11 +306,11 @@ void attend_as(const Attention& a, const Piece& piece, const Partial& out) {
   }
 }
 
-inline void attend(const Attention& a, const Piece& piece, const Partial& out) {
+inline void attend(const Attention& a, const Piece& piece, const Piece& next, const Partial& out) {
   switch (a.cache) {
-    case Type::kFloat32: return attend_as<float>(a, piece, out);
-    case Type::kBfloat16: return attend_as<bfloat16>(a, piece, out);
-    default: return attend_as<int8_t>(a, piece, out);
+    case Type::kFloat32: return attend_as<float>(a, piece, next, out);
+    case Type::kBfloat16: return attend_as<bfloat16>(a, piece, next, out);
+    default: return attend_as<int8_t>(a, piece, next, out);
   }
 }
 

@@ -13,10 +13,10 @@ namespace JAXLLM_ISA {
 // How many values of a row are taken at once. Of bfloat16, whose 16 bits are the upper ones of a float32, those at even
 // places are one vector and those at odd places another: activations are laid out so by `pair`.
 template <typename T>
-constexpr int kRun = std::is_same_v<T, bfloat16> ? 2 * kLanes : kLanes;
+constexpr int kAtOnce = std::is_same_v<T, bfloat16> ? 2 * kLanes : kLanes;
 
 inline void pair(const float* x, int64_t K, float* y) {
-  for (int64_t run = 0; run + kRun<bfloat16> <= K; run += kRun<bfloat16>)
+  for (int64_t run = 0; run + kAtOnce<bfloat16> <= K; run += kAtOnce<bfloat16>)
     for (int i = 0; i < kLanes; ++i) y[run + i] = x[run + 2 * i], y[run + kLanes + i] = x[run + 2 * i + 1];
 }
 
@@ -67,10 +67,10 @@ void dense_rows(const Activations& a, const Weight& w, int64_t n, int64_t m) {
   const float* x = (std::is_same_v<T, bfloat16> ? a.pairs : a.x) + m * K;
   Float sums[kChains][R][M] = {};
   int64_t k = 0;
-  for (; k + kChains * kRun<T> <= K; k += kChains * kRun<T>)
+  for (; k + kChains * kAtOnce<T> <= K; k += kChains * kAtOnce<T>)
     UNROLL
-    for (int c = 0; c < kChains; ++c) add_products<R, M>(values + k + c * kRun<T>, x + k + c * kRun<T>, K, sums[c]);
-  for (; k + kRun<T> <= K; k += kRun<T>) add_products<R, M>(values + k, x + k, K, sums[0]);
+    for (int c = 0; c < kChains; ++c) add_products<R, M>(values + k + c * kAtOnce<T>, x + k + c * kAtOnce<T>, K, sums[c]);
+  for (; k + kAtOnce<T> <= K; k += kAtOnce<T>) add_products<R, M>(values + k, x + k, K, sums[0]);
   UNROLL
   for (int r = 0; r < R; ++r)
     UNROLL

@@ -14,15 +14,15 @@ void matmul(const Activations& x, const Weight& w, int64_t first, int64_t last) 
   switch (w.type) {
     case Type::kFloat32: return dense<float>(x, w, first, last);
     case Type::kBfloat16: return dense<bfloat16>(x, w, first, last);
-    case Type::kInt8: return x.parts == 1 ? quantised<false, 1>(x, w, first, last) : quantised<false, 2>(x, w, first, last);
-    case Type::kInt4: return x.parts == 1 ? quantised<true, 1>(x, w, first, last) : quantised<true, 2>(x, w, first, last);
+    case Type::kInt8: return w.G == 1 ? quantised<false, false>(x, w, first, last) : quantised<false, true>(x, w, first, last);
+    case Type::kInt4: return w.G == 1 ? quantised<true, false>(x, w, first, last) : quantised<true, true>(x, w, first, last);
   }
 }
 
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {JAXLLM_NAME, activate, pair, round, matmul, take, likeliest, attend};
+const Kernels kKernels = {JAXLLM_NAME, activate, pair, round, lay_out, matmul, take, likeliest, attend};
 
 }  // namespace JAXLLM_ISA
 }  // namespace jaxllm

@@ -42,17 +42,25 @@ struct Inputs {
   float eps;  // of the norm
 };
 
-// Activations [M, K] in float32 and, for quantised weights, rounded: x ≈ step * (high + low / kFiner). `low` is what
-// rounding to int8 lost; there is none where activations are to be int8.
-constexpr int kFiner = 254;
+// Activations [M, K] in float32 and, for quantised weights, rounded: x ≈ step * (low + kCoarse * high). With a step
+// for the many, most values are `low` alone; the few beyond have a `high`, which is null where all are to be int8.
+//
+// Rows are taken kTogether at a time, the last ones fewer: four values of the first row of such a block, four of each
+// other, the next four of the first, and so on. For each block, `beyond` lists the runs of four values (eight for
+// int4 weights) that have a high in any of its rows; those of values [32 i, 32 i + 32) are entries [beyond_first[i], beyond_first[i + 1]).
+constexpr int kCoarse = 254;
+constexpr int kTogether = 4;
 struct Activations {
   int64_t M, K;
-  int parts;              // 2 with low, else 1
-  const float* x;         // [M, K]
-  const float* pairs;     // the same as `pair` lays it out, where there are bfloat16 weights
-  const int8_t* rounded;  // [parts, M, K]
-  const float* step;      // [M]
-  const int32_t* sums;    // of rounded, by blocks and then of all: [parts, M, K / kBlock + 1]
+  const float* x;            // [M, K]
+  const float* pairs;        // the same as `pair` lays it out, where there are bfloat16 weights
+  const float* step;         // [M]
+  const int8_t* low;         // [blocks of rows, K / 4, rows of the block, 4]
+  const int8_t* high;        // the same, where `beyond` lists it
+  const int32_t* low_sums;   // by blocks, where there are groups, and then of all: [M, K / kBlock + 1]
+  const int32_t* high_sums;
+  const int32_t* beyond;        // [blocks of rows, K / 4]
+  const int32_t* beyond_first;  // [blocks of rows, K / kBlock + 1]
 };
 
 // A weight [N, K] and where its product with the activations goes.
@@ -104,16 +112,21 @@ struct Kernels {
   void (*activate)(const Inputs& in, int64_t m, int64_t K, float* x);
   // A row of K activations, laid out for bfloat16 weights.
   void (*pair)(const float* x, int64_t K, float* pairs);
-  // A row of K activations; step: the one to take, or 0 to find it. sums as in Activations, for one row.
-  void (*round)(const float* x, int64_t K, float* step, int8_t* high, int8_t* low, int32_t* high_sums,
-                int32_t* low_sums);
+  // A row of K activations; step: the one to take, or 0 to find it: with high, the one with which low reaches to
+  // `reach` times the row's root mean square. Sums as in Activations, for one row; only that of all unless by_block.
+  void (*round)(const float* x, int64_t K, float reach, bool by_block, float* step, int8_t* low, int8_t* high,
+                int32_t* low_sums, int32_t* high_sums);
+  // Makes of rows [rows, K] of low, and of high or null, a block as Activations has it. run: as of beyond, 4 or 8.
+  void (*lay_out)(const int8_t* low, const int8_t* high, int64_t rows, int64_t K, int run, int8_t* to_low,
+                  int8_t* to_high, int32_t* beyond, int32_t* beyond_first);
   // Rows [first, last) of a weight; first is a multiple of kPanel.
   void (*matmul)(const Activations& x, const Weight& w, int64_t first, int64_t last);
   // Row n of a weight.
   void (*take)(const Weight& w, int64_t n, float* y);
   // Where the first of the highest of `count` is.
   int64_t (*likeliest)(const float* x, int64_t count);
-  void (*attend)(const Attention& a, const Piece& piece, const Partial& out);
+  // next: the piece that comes after.
+  void (*attend)(const Attention& a, const Piece& piece, const Piece& next, const Partial& out);
 };
 
 }  // namespace jaxllm

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "kernels.h"
 #include "simd.h"
@@ -11,6 +12,9 @@ namespace jaxllm {
 namespace JAXLLM_ISA {
 
 constexpr int kParts = kPanel / kLanes;  // vectors that a panel's rows fill
+// Panels and rows of activations at once, of many: as many as the sums have registers for.
+constexpr int kPanelsAtOnce = kParts == 1 ? 2 : 1;
+constexpr int kRowsAtOnce = kParts == 1 ? 8 : 4;
 
 #if defined(__AVX512VNNI__)
 
@@ -87,173 +91,320 @@ inline Float load_scale(const Weight& w, int64_t at) {
                           : load(static_cast<const float*>(w.scale) + at);
 }
 
-// Four values (eight of int4) of each row of R panels times M rows of activations.
-template <bool kIsInt4, int R, int M, int P>
-inline void add_products(const uint8_t* const (&values)[R], int64_t at, int64_t ahead, const int8_t* x, int64_t x_row, int64_t x_part,
-                         Int (&sums)[P][R][M][kParts]) {
+// How M rows of activations lie in blocks.
+template <int M>
+constexpr int kRowsOfBlock = M < kTogether ? M : kTogether;
+template <int M>
+constexpr int kBlocks = M / kRowsOfBlock<M>;
+
+// Step `step` of four values (eight of int4) of each row of R panels, times M rows of activations. ahead: prefetches
+// what comes so much later.
+template <bool kIsInt4, bool kAhead, int R, int M>
+inline void add_products(const uint8_t* const (&values)[R], int64_t step, int64_t ahead,
+                         const int8_t* const (&x)[kBlocks<M>], Int (&sums)[R][M][kParts]) {
+  constexpr int kRows = kRowsOfBlock<M>, kFour = 4 * kRows;  // bytes of four values of a block's rows
   Bytes row[R][kParts];
   UNROLL
   for (int r = 0; r < R; ++r)
     UNROLL
     for (int v = 0; v < kParts; ++v) {
-      row[r][v] = load_bytes(values[r] + at + v * kWide);
-      __builtin_prefetch(values[r] + at + v * kWide + ahead);
+      const uint8_t* of = values[r] + step * 4 * kPanel + v * kWide;
+      row[r][v] = load_bytes(of);
+      if (kAhead) __builtin_prefetch(of + ahead);
       if (!kIsInt4) row[r][v] = int8_of(row[r][v]);
     }
   UNROLL
-  for (int p = 0; p < P; ++p)
+  for (int i = 0; i < M; ++i) {
+    const int8_t* of = x[i / kRows] + step * (kIsInt4 ? 2 : 1) * kFour + i % kRows * 4;
+    const Bytes first = four(of);
     UNROLL
-    for (int i = 0; i < M; ++i) {
-      const int8_t* of = x + p * x_part + i * x_row;
-      const Bytes first = four(of);
+    for (int r = 0; r < R; ++r)
+      UNROLL
+      for (int v = 0; v < kParts; ++v)
+        sums[r][i][v] = dot<!kIsInt4>(sums[r][i][v], kIsInt4 ? low_half(row[r][v]) : row[r][v], first);
+    if constexpr (kIsInt4) {
+      const Bytes second = four(of + kFour);
       UNROLL
       for (int r = 0; r < R; ++r)
         UNROLL
-        for (int v = 0; v < kParts; ++v)
-          sums[p][r][i][v] = dot<!kIsInt4>(sums[p][r][i][v], kIsInt4 ? low_half(row[r][v]) : row[r][v], first);
-      if constexpr (kIsInt4) {
-        const Bytes second = four(of + 4);
-        UNROLL
-        for (int r = 0; r < R; ++r)
-          UNROLL
-          for (int v = 0; v < kParts; ++v)
-            sums[p][r][i][v] = dot<false>(sums[p][r][i][v], high_half(row[r][v]), second);
-      }
+        for (int v = 0; v < kParts; ++v) sums[r][i][v] = dot<false>(sums[r][i][v], high_half(row[r][v]), second);
     }
+  }
 }
 
-// R panels times M rows of activations, each in P parts.
-template <bool kIsInt4, int R, int M, int P>
-void panels(const Activations& a, const Weight& w, int64_t panel, int64_t m) {
-  constexpr int kOff = kIsInt4 ? 8 : kOffset;
-  constexpr int kStep = kIsInt4 ? 8 : 4;
-  constexpr int kChains = R * M * P < 4 ? 2 : 1;  // sums that do not wait for each other
-  const int64_t G = w.G, K = a.K, group = K / G, blocks = K / kBlock + 1, blocks_of_group = group / kBlock;
-  const uint8_t* values[R];
-  UNROLL
-  for (int r = 0; r < R; ++r)
-    values[r] = static_cast<const uint8_t*>(w.values) + (panel + r) * kPanel * (kIsInt4 ? K / 2 : K);
-  const int8_t* x = a.rounded + m * K;
-  // Two panels at once are two streams, which the processor foresees badly: the next two are asked for in time.
-  const int64_t ahead = R == 1 ? 0 : R * kPanel * (kIsInt4 ? K / 2 : K);
+// R panels times rows [m, m + M) of activations. kGroups: of a weight with more than one.
+template <bool kIsInt4, bool kGroups, int R, int M>
+class Tile {
+ public:
+  Tile(const Activations& a, const Weight& w, int64_t group, int64_t panel, int64_t m)
+      : a_(a), w_(w), group_(group), panel_(panel), m_(m) {
+    for (int r = 0; r < R; ++r) values_[r] = static_cast<const uint8_t*>(w.values) + (panel + r) * panel_bytes();
+  }
 
-  Float total[R][M][kParts] = {};
-  for (int64_t g = 0; g < G; ++g) {
-    int32_t x_sums[P][M];
-    UNROLL
-    for (int p = 0; p < P; ++p)
+  void multiply() {
+    for (int64_t g = 0; g < (kGroups ? w_.G : 1); ++g) {
+      // Several panels at once are several streams, which the processor foresees badly: the first rows ask for the next.
+      if (M > 1 && m_ == 0)
+        add_low<true>(g);
+      else
+        add_low<false>(g);
+      if (a_.high == nullptr) continue;
       UNROLL
-      for (int i = 0; i < M; ++i) {
-        const int32_t* of = a.sums + (p * a.M + m + i) * blocks;
-        x_sums[p][i] = of[G == 1 ? blocks - 1 : g * blocks_of_group];
-        for (int64_t b = 1; G > 1 && b < blocks_of_group; ++b) x_sums[p][i] += of[g * blocks_of_group + b];
-      }
-    Int sums[kChains][P][R][M][kParts] = {};
+      for (int block = 0; block < kBlocks<M>; ++block) add_high(g, block);
+    }
+    Float scale[R][kParts];
     UNROLL
-    for (int p = 0; p < P; ++p)
+    for (int r = 0; r < R; ++r)
+      UNROLL
+      for (int v = 0; v < kParts; ++v)
+        scale[r][v] = kGroups ? fill(1.0f) : load_scale(w_, (panel_ + r) * kPanel + v * kLanes);
+    UNROLL
+    for (int i = 0; i < M; ++i)
       UNROLL
       for (int r = 0; r < R; ++r)
         UNROLL
-        for (int i = 0; i < M; ++i)
-          UNROLL
-          for (int v = 0; v < kParts; ++v) sums[0][p][r][i][v] = fill(-kOff * x_sums[p][i]);
-    for (int64_t k = g * group; k < (g + 1) * group; k += kChains * kStep)
+        for (int v = 0; v < kParts; ++v) total_[r][i][v] *= scale[r][v] * a_.step[m_ + i];
+    if (w_.bfloat16_y || (panel_ + R) * kPanel > w_.N)
+      store_part();
+    else if (w_.add != nullptr)
+      store_whole<true>();
+    else
+      store_whole<false>();
+  }
+
+ private:
+  static constexpr int kStep = kIsInt4 ? 8 : 4;
+
+  int64_t panel_bytes() const { return kPanel * (kIsInt4 ? a_.K / 2 : a_.K); }
+
+  template <bool kAhead>
+  void add_low(int64_t g) {
+    constexpr int kChains = R * M * kParts < 4 ? 2 : 1;  // sums that do not wait for each other
+    const int8_t* x[kBlocks<M>];
+    UNROLL
+    for (int block = 0; block < kBlocks<M>; ++block) x[block] = a_.low + (m_ + block * kTogether) * a_.K;
+    Int sums[kChains][R][M][kParts] = {};
+    for (int64_t step = g * group_ / kStep; step < (g + 1) * group_ / kStep; step += kChains)
       UNROLL
       for (int c = 0; c < kChains; ++c)
-        add_products<kIsInt4, R, M, P>(values, (k / kStep + c) * 4 * kPanel, ahead, x + k + c * kStep, K, a.M * K, sums[c]);
+        add_products<kIsInt4, kAhead, R, M>(values_, step + c, R * panel_bytes(), x, sums[c]);
+    if constexpr (kChains == 2)
+      UNROLL
+      for (int i = 0; i < R * M * kParts; ++i) (&sums[0][0][0][0])[i] += (&sums[1][0][0][0])[i];
+    add<M>(g, a_.low_sums, 1.0f, 0, sums[0]);
+  }
 
+  void add_high(int64_t g, int block) {
+    constexpr int kRows = kRowsOfBlock<M>;
+    const int64_t from = m_ + block * kTogether, of = from / kTogether;
+    const int32_t* first = a_.beyond_first + of * (a_.K / kBlock + 1);
+    const int32_t* runs = a_.beyond + of * (a_.K / 4);
+    const int32_t *run = runs + first[g * group_ / kBlock], *end = runs + first[(g + 1) * group_ / kBlock];
+    if (run == end) return;
+    const int8_t* const x[1] = {a_.high + from * a_.K};
+    Int sums[R][kRows][kParts] = {};
+    for (; run != end; ++run) add_products<kIsInt4, false, R, kRows>(values_, *run, 0, x, sums);
+    add<kRows>(g, a_.high_sums, kCoarse, block * kTogether, sums);
+  }
+
+  // Adds `factor` times the sums of a group of values to rows [first, first + Rows); of a single group not yet scaled.
+  template <int Rows>
+  void add(int64_t g, const int32_t* sums_of_x, float factor, int first, const Int (&sums)[R][Rows][kParts]) {
+    const int64_t blocks = a_.K / kBlock + 1, blocks_of_group = group_ / kBlock;
+    int32_t x_sums[Rows];
+    UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      const int32_t* of = sums_of_x + (m_ + first + i) * blocks;
+      x_sums[i] = of[kGroups ? g * blocks_of_group : blocks - 1];
+      if (kGroups)
+        for (int64_t b = 1; b < blocks_of_group; ++b) x_sums[i] += of[g * blocks_of_group + b];
+    }
     UNROLL
     for (int r = 0; r < R; ++r)
       UNROLL
       for (int v = 0; v < kParts; ++v) {
-        const int64_t at = ((panel + r) * G + g) * kPanel + v * kLanes;
-        const Float scale = load_scale(w, at);
+        const int64_t at = ((panel_ + r) * w_.G + g) * kPanel + v * kLanes;
+        const Float scale = kGroups ? load_scale(w_, at) * factor : fill(factor);
         UNROLL
-        for (int i = 0; i < M; ++i) {
-          Float sum{};
-          UNROLL
-          for (int p = 0; p < P; ++p) {
-            Int part = sums[0][p][r][i][v];
-            if constexpr (kChains == 2) part += sums[1][p][r][i][v];
-            if (w.zero_point != nullptr) part -= load_int(w.zero_point + at) * x_sums[p][i];
-            sum += to_float(part) * (p == 0 ? 1.0f : 1.0f / kFiner);
-          }
-          total[r][i][v] += sum * scale;
+        for (int i = 0; i < Rows; ++i) {
+          Int sum = sums[r][i][v] - (kIsInt4 ? 8 : kOffset) * x_sums[i];
+          if (w_.zero_point != nullptr) sum -= load_int(w_.zero_point + at) * x_sums[i];
+          total_[r][first + i][v] += to_float(sum) * scale;
         }
       }
   }
-  UNROLL
-  for (int i = 0; i < M; ++i)
-    UNROLL
-    for (int r = 0; r < R; ++r) {
-      float y[kPanel];
-      UNROLL
-      for (int v = 0; v < kParts; ++v) store(y + v * kLanes, total[r][i][v] * a.step[m + i]);
-      const int64_t first = (panel + r) * kPanel, count = std::min<int64_t>(kPanel, w.N - first);
-      store_results(w.y, w.add, w.bfloat16_y, (m + i) * w.N + first, y, count);
-    }
-}
 
-template <bool kIsInt4, int R, int P>
-void quantised_tokens(const Activations& a, const Weight& w, int64_t panel) {
+  template <bool kAdd>
+  void store_whole() {
+    const int64_t at = m_ * w_.N + panel_ * kPanel;
+    UNROLL
+    for (int i = 0; i < M; ++i)
+      UNROLL
+      for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int v = 0; v < kParts; ++v) {
+          const int64_t of = at + i * w_.N + r * kPanel + v * kLanes;
+          const Float y = total_[r][i][v];
+          store(static_cast<float*>(w_.y) + of, kAdd ? y + load(static_cast<const float*>(w_.add) + of) : y);
+        }
+  }
+
+  void store_part() {
+    UNROLL
+    for (int i = 0; i < M; ++i)
+      UNROLL
+      for (int r = 0; r < R; ++r) {
+        const int64_t first = (panel_ + r) * kPanel, count = std::min<int64_t>(kPanel, w_.N - first);
+        float y[kPanel];
+        std::memcpy(y, total_[r][i], sizeof y);
+        store_results(w_.y, w_.add, w_.bfloat16_y, (m_ + i) * w_.N + first, y, count);
+      }
+  }
+
+  const Activations& a_;
+  const Weight& w_;
+  const int64_t group_, panel_, m_;
+  const uint8_t* values_[R];
+  Float total_[R][M][kParts] = {};
+};
+
+template <bool kIsInt4, bool kGroups, int R>
+void quantised_rows(const Activations& a, const Weight& w, int64_t group, int64_t panel) {
   int64_t m = 0;
-  for (; m + 4 <= a.M; m += 4) panels<kIsInt4, R, 4, P>(a, w, panel, m);
-  if (m + 2 <= a.M) panels<kIsInt4, R, 2, P>(a, w, panel, m), m += 2;
-  if (m < a.M) panels<kIsInt4, R, 1, P>(a, w, panel, m);
+  if constexpr (!kGroups)  // of groups, sums and totals need registers
+    for (; m + kRowsAtOnce <= a.M; m += kRowsAtOnce)
+      Tile<kIsInt4, kGroups, R, kRowsAtOnce>(a, w, group, panel, m).multiply();
+  for (; m + kTogether <= a.M; m += kTogether) Tile<kIsInt4, kGroups, R, kTogether>(a, w, group, panel, m).multiply();
+  switch (a.M - m) {
+    case 3: return Tile<kIsInt4, kGroups, R, 3>(a, w, group, panel, m).multiply();
+    case 2: return Tile<kIsInt4, kGroups, R, 2>(a, w, group, panel, m).multiply();
+    case 1: return Tile<kIsInt4, kGroups, R, 1>(a, w, group, panel, m).multiply();
+  }
 }
 
 // Of one row of activations, memory sets the pace: panel by panel it is read in one run, which it is fastest at.
-template <bool kIsInt4, int P>
+template <bool kIsInt4, bool kGroups>
 void quantised(const Activations& a, const Weight& w, int64_t first, int64_t last) {
+  const int64_t group = a.K / w.G, end = (last + kPanel - 1) / kPanel;
   int64_t panel = first / kPanel;
-  const int64_t end = (last + kPanel - 1) / kPanel;
   if (a.M > 1)
-    for (; panel + 2 <= end; panel += 2) quantised_tokens<kIsInt4, 2, P>(a, w, panel);
-  for (; panel < end; ++panel) quantised_tokens<kIsInt4, 1, P>(a, w, panel);
+    for (; panel + kPanelsAtOnce <= end; panel += kPanelsAtOnce)
+      quantised_rows<kIsInt4, kGroups, kPanelsAtOnce>(a, w, group, panel);
+  for (; panel < end; ++panel) quantised_rows<kIsInt4, kGroups, 1>(a, w, group, panel);
 }
 
-inline void round(const float* x, int64_t K, float* step, int8_t* high, int8_t* low, int32_t* high_sums,
-                  int32_t* low_sums) {
-  if (*step == 0) {
-    Float most{}, wrong{};
-    for (int64_t k = 0; k < K; k += kLanes) {
-      const Float of = load(x + k);
-      most = larger(most, larger(of, -of));
-      wrong += of - of;  // of infinities and NaN it is NaN
-    }
-    const float absmax = highest(most);
-    *step = sum(wrong) != 0 ? NAN : absmax == 0 ? 1.0f : absmax / 127.0f;  // a NaN makes all results one
+// The step of a row: see Kernels.
+inline float find_step(const float* x, int64_t K, float reach, bool two) {
+  Float most{}, squares{}, wrong{};
+  for (int64_t k = 0; k < K; k += kLanes) {
+    const Float of = load(x + k);
+    most = larger(most, larger(of, -of));
+    squares += of * of;
+    wrong += of - of;  // of infinities and NaN it is NaN
   }
-  if (*step != *step) {
-    std::memset(high, 0, K);
-    std::memset(high_sums, 0, (K / kBlock + 1) * sizeof(int32_t));
-    if (low != nullptr) std::memset(low, 0, K), std::memset(low_sums, 0, (K / kBlock + 1) * sizeof(int32_t));
-    return;
-  }
-  const Float divisor = fill(*step);
-  Int all_high{}, all_low{};
-  for (int64_t block = 0; block < K / kBlock; ++block) {
-    Int sum_high{}, sum_low{};
+  if (sum(wrong) != 0) return NAN;  // which makes all results one
+  const float absmax = highest(most);
+  if (absmax == 0) return 1.0f;
+  if (!two) return absmax / 127.0f;
+  const float last = std::min(absmax, reach * std::sqrt(sum(squares) / static_cast<float>(K)));
+  return std::max(std::max(last, absmax / kCoarse) / 127.0f, std::numeric_limits<float>::min());  // has a reciprocal
+}
+
+template <bool kTwo, bool kByBlock>
+inline void round_row(const float* x, int64_t K, float step, int8_t* low, int8_t* high, int32_t* low_sums,
+                      int32_t* high_sums) {
+  constexpr float kMost = kTwo ? 127.0f * kCoarse : 127.0f;
+  const int64_t blocks = K / kBlock;
+  const float factor = 1.0f / step;
+  Int all_low{}, all_high{};
+  for (int64_t block = 0; block < blocks; ++block) {
+    Int sum_low{}, sum_high{};
     UNROLL
     for (int i = 0; i < kBlock; i += kLanes) {
       const int64_t k = block * kBlock + i;
-      Float scaled = load(x + k) / divisor;
-      scaled = scaled > 127.0f ? fill(127.0f) : scaled < -127.0f ? fill(-127.0f) : scaled;
-      const Float whole = (scaled + kMagic) - kMagic;
-      const Int bytes = __builtin_convertvector(whole, Int);
-      store_bytes(high + k, bytes);
-      sum_high += bytes;
-      if (low != nullptr) {
-        const Int rest = __builtin_convertvector(((scaled - whole) * static_cast<float>(kFiner) + kMagic) - kMagic, Int);
-        store_bytes(low + k, rest);
-        sum_low += rest;
+      // What is one int8 rounds as its twin does, whose division is exact.
+      Float scaled = kTwo ? load(x + k) * factor : load(x + k) / step;
+      scaled = scaled > kMost ? fill(kMost) : scaled < -kMost ? fill(-kMost) : scaled;
+      Float whole = (scaled + kMagic) - kMagic;
+      if (kTwo) {
+        // A hair less than 1 / kCoarse: 127 has no high, and 128 + 126 * kCoarse still has the next one.
+        const Float coarse = (whole * (1.0f / (kCoarse + 0.002f)) + kMagic) - kMagic;
+        whole -= coarse * static_cast<float>(kCoarse);
+        const Int bytes = __builtin_convertvector(coarse, Int);
+        store_bytes(high + k, bytes);
+        sum_high += bytes;
       }
+      const Int bytes = __builtin_convertvector(whole, Int);
+      store_bytes(low + k, bytes);
+      sum_low += bytes;
     }
-    high_sums[block] = sum(sum_high), all_high += sum_high;
-    if (low != nullptr) low_sums[block] = sum(sum_low), all_low += sum_low;
+    if (kByBlock) low_sums[block] = sum(sum_low);
+    if (kByBlock && kTwo) high_sums[block] = sum(sum_high);
+    all_low += sum_low, all_high += sum_high;
   }
-  high_sums[K / kBlock] = sum(all_high);
-  if (low != nullptr) low_sums[K / kBlock] = sum(all_low);
+  low_sums[blocks] = sum(all_low);
+  if (kTwo) high_sums[blocks] = sum(all_high);
+}
+
+inline void round(const float* x, int64_t K, float reach, bool by_block, float* step, int8_t* low, int8_t* high,
+                  int32_t* low_sums, int32_t* high_sums) {
+  const bool two = high != nullptr;
+  if (*step == 0) *step = find_step(x, K, reach, two);
+  if (*step != *step) {
+    const int64_t sums = (K / kBlock + 1) * static_cast<int64_t>(sizeof(int32_t));
+    std::memset(low, 0, K), std::memset(low_sums, 0, sums);
+    if (two) std::memset(high, 0, K), std::memset(high_sums, 0, sums);
+    return;
+  }
+  if (two)
+    by_block ? round_row<true, true>(x, K, *step, low, high, low_sums, high_sums)
+             : round_row<true, false>(x, K, *step, low, high, low_sums, high_sums);
+  else
+    by_block ? round_row<false, true>(x, K, *step, low, high, low_sums, high_sums)
+             : round_row<false, false>(x, K, *step, low, high, low_sums, high_sums);
+}
+
+// Four values of each row, from place `four` on, side by side.
+template <int Rows>
+inline void interleave(const int8_t* from, int64_t K, int64_t four, int8_t* to) {
+  for (int row = 0; row < Rows; ++row) std::memcpy(to + (four * Rows + row) * 4, from + row * K + four * 4, 4);
+}
+
+template <int Rows, typename Run>
+inline void lay_out_rows(const int8_t* low, const int8_t* high, int64_t K, int8_t* to_low, int8_t* to_high,
+                         int32_t* beyond, int32_t* beyond_first) {
+  constexpr int kFours = sizeof(Run) / 4, kRunsOfBlock = kBlock / sizeof(Run);
+  for (int64_t four = 0; four < K / 4; ++four) interleave<Rows>(low, K, four, to_low);
+  if (high == nullptr) return;
+  int32_t count = 0;
+  for (int64_t block = 0; block < K / kBlock; ++block) {
+    beyond_first[block] = count;
+    for (int64_t run = block * kRunsOfBlock; run < (block + 1) * kRunsOfBlock; ++run) {
+      Run any = 0;
+      for (int row = 0; row < Rows; ++row) any |= load_as<Run>(high + row * K + run * sizeof(Run));
+      if (any == 0) continue;
+      for (int four = 0; four < kFours; ++four) interleave<Rows>(high, K, run * kFours + four, to_high);
+      beyond[count++] = static_cast<int32_t>(run);
+    }
+  }
+  beyond_first[K / kBlock] = count;
+}
+
+template <int Rows>
+inline void lay_out_runs(const int8_t* low, const int8_t* high, int64_t K, int run, int8_t* to_low, int8_t* to_high,
+                         int32_t* beyond, int32_t* beyond_first) {
+  run == 4 ? lay_out_rows<Rows, uint32_t>(low, high, K, to_low, to_high, beyond, beyond_first)
+           : lay_out_rows<Rows, uint64_t>(low, high, K, to_low, to_high, beyond, beyond_first);
+}
+
+inline void lay_out(const int8_t* low, const int8_t* high, int64_t rows, int64_t K, int run, int8_t* to_low,
+                    int8_t* to_high, int32_t* beyond, int32_t* beyond_first) {
+  switch (rows) {
+    case 4: return lay_out_runs<4>(low, high, K, run, to_low, to_high, beyond, beyond_first);
+    case 3: return lay_out_runs<3>(low, high, K, run, to_low, to_high, beyond, beyond_first);
+    case 2: return lay_out_runs<2>(low, high, K, run, to_low, to_high, beyond, beyond_first);
+    case 1: return lay_out_runs<1>(low, high, K, run, to_low, to_high, beyond, beyond_first);
+  }
 }
 
 }  // namespace JAXLLM_ISA
