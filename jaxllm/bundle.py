@@ -4,6 +4,7 @@ A bundle is a directory of `save` that `load` reads as any other, and beside it
     bundle.json         what it was compiled for: target, mesh, rules, batch, lengths, versions, hashes
     programs/*.bin      compiled programs, which run where `executable.environment` is the same
     portable/*.jax      the same programs as StableHLO, by jax.export: for any other machine, and other compilers
+    weights.safetensors for one CPU: the weights as its programs take them, each by its name in `portable`
     golden.npy          float32 logits [T, V] after each of the GOLDEN tokens, computed on the CPU that wrote it
 """
 
@@ -32,9 +33,11 @@ from jaxllm.checkpoint import load_path
 from jaxllm.checkpoint.names import read_json
 from jaxllm.checkpoint.reader import Reader
 from jaxllm.checkpoint.source import open_path
+from jaxllm.checkpoint.tensors import Tensor, code, read_all, write_file
 from jaxllm.compile import DONATING, Lowering, Programs, compile_programs, parse
 from jaxllm.config import ModelConfig
 from jaxllm.generate import Engine, storable
+from jaxllm.kernels import cpu
 from jaxllm.lm import embed_tokens, predict, run_layer
 from jaxllm.params import Params, unflatten
 
@@ -45,6 +48,7 @@ GOLDEN = 16  # tokens: the length of the shortest prefill
 _VERSION = 1
 _PROBE = f"probe {GOLDEN}"
 _LOGITS = "golden.npy"
+_WEIGHTS = "weights.safetensors"
 _MAX_KL = 0.02  # nats; of bfloat16 on another machine about 1e-3, of any weight or program that is wrong above 0.1
 _MAX_LOSS = 0.25  # nats that a greedy token may be less likely than the likeliest, when logits are computed anew
 _PORTABLE = ("cpu", "tpu", "cuda")
@@ -111,7 +115,9 @@ def write(path: Path, spec: Spec, compiled: Mapping[str, Any], devices: Sequence
     used = devices[:1] if spec.mesh is None else devices[: math.prod(spec.mesh.values())]
     assert reader.shapes is not None
     here = _environment(_lowering(spec, reader.cfg, unflatten(reader.shapes), used), used)
+    weights = _write_weights(path) if spec.mesh is None and used[0].platform == "cpu" else None
     manifest = {"version": _VERSION, **dataclasses.asdict(spec), "environment": here, "programs": hashes}
+    manifest["weights"] = weights
     _write(path / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
@@ -178,25 +184,56 @@ def load_bundle(path: str | Path) -> Engine:
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     if shard.across_hosts(mesh):
         hosts.require_same("the bundle", manifest)
-    lm = load_path(path, origin="", mesh=mesh, rules=spec.rules)
-    params = storable(lm.params, mesh)
-    lowering = _lowering(spec, lm.cfg, jax.eval_shape(lambda params: params, params), devices)
+    reader = open_path(path, origin="")
+    assert reader.shapes is not None
+    lowering = _lowering(spec, reader.cfg, unflatten(reader.shapes), devices)
     was, here = manifest["environment"], _environment(lowering, devices)
     if differ := [key for key in {**was, **here} if was.get(key) != here.get(key)]:
         told = (", ".join(f"{key} {side.get(key)}" for key in differ) for side in (was, here))
         _log.info("%s was compiled for %s; this is %s: compiling for it", path.name, *told)
-        programs = compile_programs(lm.cfg, params, spec.batch, spec.max_len, mesh, rules=spec.rules)
+        params = _load(path, spec, mesh)
+        programs = compile_programs(reader.cfg, params, spec.batch, spec.max_len, mesh, rules=spec.rules)
         probe = lowering.probe(GOLDEN).compile()
     else:
         compiled = _executables(path, manifest["programs"], lowering, devices)
         probe = compiled.pop(_PROBE)
         programs = Programs.of(compiled, spec.batch, lowering.slots)
-    if mesh is not None:
-        params = shard.put(params, shard.param_shardings(lm.cfg, params, mesh, spec.rules))
-    engine = Engine(lm.cfg, params, programs, lm.tokenizer, spec.max_len, mesh, spec.rules)
+        digest = manifest["weights"]
+        params = _load(path, spec, mesh) if digest is None else _read_weights(path, digest, lowering.params)
+    engine = Engine(reader.cfg, params, programs, reader.tokenizer, spec.max_len, mesh, spec.rules)
     rows = lowering.signature(*parse(_PROBE))[0][1].shape[0]
     _check(engine, lambda tokens: np.asarray(probe(params, np.tile(tokens, (rows, 1))))[0], path)
     return engine
+
+
+def _load(path: Path, spec: Spec, mesh: Mesh | None) -> Params:
+    lm = load_path(path, origin="", mesh=mesh, rules=spec.rules)
+    params = storable(lm.params, mesh)
+    return params if mesh is None else shard.put(params, shard.param_shardings(lm.cfg, params, mesh, spec.rules))
+
+
+def _write_weights(path: Path) -> str | None:
+    """Returns the file's hash; None, and writes none, where it cannot hold a type."""
+    leaves = _by_name(storable(load_path(path, origin="").params, None))
+    try:
+        tensors = {
+            name: Tensor(code(leaf.dtype), leaf.shape, functools.partial(np.asarray, leaf))
+            for name, leaf in leaves.items()
+        }
+    except KeyError:  # int4, where there are no kernels that read it packed
+        return None
+    write_file(path / _WEIGHTS, tensors)
+    return _digest(path / _WEIGHTS)
+
+
+def _read_weights(path: Path, digest: str, expected: Params) -> Params:
+    """What `_write_weights` wrote, of the expected shapes."""
+    file = path / _WEIGHTS
+    if not file.is_file() or _digest(file) != digest:
+        raise ValueError(f"{file} is missing or damaged: its hash is not that in {MANIFEST}. Make the bundle again.")
+    leaves = _by_name(expected)
+    params = cpu.in_huge_pages([*leaves.values()], lambda rooms: read_all(file, dict(zip(leaves, rooms, strict=True))))
+    return jax.tree.unflatten(jax.tree.structure(expected), params)
 
 
 def _read(path: Path) -> tuple[Spec, dict[str, Any]]:
@@ -212,8 +249,8 @@ def _read(path: Path) -> tuple[Spec, dict[str, Any]]:
     try:
         fields = {field.name: manifest[field.name] for field in dataclasses.fields(Spec)}
         fields["rules"] = {axis: tuple(to) if isinstance(to, list) else to for axis, to in fields["rules"].items()}
-        for name in ("environment", "programs"):
-            if not isinstance(manifest[name], dict):
+        for name, kind in {"environment": dict, "programs": dict, "weights": str | None}.items():
+            if not isinstance(manifest[name], kind):
                 raise TypeError(f"{name} is {manifest[name]!r}")
         return Spec(**fields), manifest
     except (KeyError, TypeError, AttributeError) as error:
@@ -253,8 +290,8 @@ def _check(engine: Engine, probe: Callable[[np.ndarray], np.ndarray], path: Path
         raise ValueError(
             f"{path / _LOGITS} has shape {golden.shape}; expected {(GOLDEN, vocab)}. Make the bundle again."
         )
-    expected, found = (jax.nn.log_softmax(logits) for logits in (golden, probe(tokens)))
-    kl = float(jnp.mean(jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)))
+    expected, found = _log_softmax(golden), _log_softmax(probe(tokens))
+    kl = float(np.mean(np.sum(np.exp(expected) * (expected - found), axis=-1)))
     if not kl <= _MAX_KL:
         raise ValueError(
             f"{path}: its logits differ from those that it was made with by {kl:.3g} nats (KL); expected at most "
@@ -262,13 +299,19 @@ def _check(engine: Engine, probe: Callable[[np.ndarray], np.ndarray], path: Path
         )
     half = GOLDEN // 2
     answer = engine.generate([tokens[:half].tolist()], max_new_tokens=half, stop_tokens=())[0].tokens
-    logits_TV = np.asarray(jax.nn.log_softmax(probe(np.array([*tokens[:half], *answer], np.int32))[half - 1 : -1]))
+    logits_TV = _log_softmax(probe(np.array([*tokens[:half], *answer], np.int32))[half - 1 : -1])
     loss = float(np.max(logits_TV.max(axis=-1) - logits_TV[np.arange(half), answer]))
     if not loss <= _MAX_LOSS:
         raise ValueError(
             f"{path}: a greedy token is {loss:.3g} nats less likely than the likeliest; expected at most {_MAX_LOSS}. "
             "Prefill or decode does not compute what the model does. Make the bundle again here."
         )
+
+
+def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
+    """By NumPy, which compiles nothing."""
+    logits_TV = logits_TV - logits_TV.max(axis=-1, keepdims=True)
+    return logits_TV - np.log(np.sum(np.exp(logits_TV), axis=-1, keepdims=True))
 
 
 def _file(name: str, suffix: str) -> str:
@@ -279,6 +322,11 @@ def _write(file: Path, content: bytes) -> str:
     """Returns the hash."""
     file.write_bytes(content)
     return _hash(content)
+
+
+def _digest(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _hash(content: bytes) -> str:

@@ -70,6 +70,8 @@ def test_a_bundle_answers_as_its_model_does_and_compiles_nothing(request, monkey
 
     monkeypatch.setattr(Lowering, "_lower", never)
     monkeypatch.setattr(bundle, "compile_programs", never)
+    if mesh is None:  # its weights are kept as the programs take them
+        monkeypatch.setattr(bundle, "load_path", never)
     for reader in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, reader, never)
     assert answers(jaxllm.load_bundle(path)) == expected
@@ -102,6 +104,21 @@ def test_what_was_compiled_for_another_machine_is_compiled_anew(copy, small, cap
         found = bundle.load_bundle(copy)
     assert f"compiled for {key} another; this is {key} {executable.environment(jax.devices()[:1])[key]}" in caplog.text
     assert answers(found) == answers(bundle.load_bundle(small))
+
+
+def test_weights_that_are_damaged_or_of_another_model_are_refused(copy, tiny, tmp_path):
+    weights = copy / "weights.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"weights\.safetensors is missing or damaged"):
+        bundle.load_bundle(copy)
+    other = write(tmp_path / "other", tiny)
+    shutil.copy(other / weights.name, weights)
+    manifest = json.loads((copy / bundle.MANIFEST).read_text())
+    manifest["weights"] = json.loads((other / bundle.MANIFEST).read_text())["weights"]
+    (copy / bundle.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"weights\.safetensors has other tensors than expected"):
+        bundle.load_bundle(copy)
 
 
 def test_what_is_damaged_is_refused(copy):

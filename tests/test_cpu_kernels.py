@@ -255,7 +255,7 @@ def test_what_does_not_fit_the_cache_is_left_out(isa):
 
 
 def test_under_vmap():
-    w, exact = weight("int8", (48, 64))
+    w, _ = weight("int8", (48, 64))
     x = normal((3, 2, 64))
     y = jax.vmap(lambda x: cpu.contract(1, x, [w], None, jnp.float32)[0])(x)
     alone = [cpu.contract(1, x[i], [w], None, jnp.float32)[0] for i in range(3)]

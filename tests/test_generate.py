@@ -233,11 +233,24 @@ def test_smollm2_streams_and_stops(smollm2):
     assert stopped.finish_reason == "stop_string"
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65, 256, 257, 700])
-def test_a_prefill_plan_covers_the_prompt_and_starts_at_whole_chunks(length):
-    plan = list(plan_prefill(length, [16, 64, 256]))
+@pytest.mark.parametrize("call", [0, 16, 240])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65, 130, 256, 257, 700])
+def test_a_prefill_plan_covers_the_prompt_within_the_cache(length, call):
+    plan = plan_prefill(length, [16, 64, 256], call)
     assert sum(plan) >= length > sum(plan[:-1])
-    assert all(chunk == 256 for chunk in plan[:-1])
+    assert sum(plan) <= -(-length // 256) * 256
+    assert plan == sorted(plan, reverse=True)
+
+
+def test_a_prefill_plan_costs_least():
+    def plan(length, call):
+        return plan_prefill(length, [16, 64, 256], call)
+
+    assert plan(128, 16) == [64, 64]
+    assert plan(130, 16) == [64, 64, 16]
+    assert plan(255, 16) == [256]
+    assert plan(128, 240) == plan(65, 240) == [256]  # read once
+    assert plan(700, 240) == [256, 256, 256]
 
 
 def test_bfloat16_generates():

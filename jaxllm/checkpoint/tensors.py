@@ -6,6 +6,7 @@ Format: 8 bytes of header size, the header in JSON, the tensors. huggingface.co/
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from jaxllm.formats import Format
 from jaxllm.params import ParamInfo
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_DTYPES = FLOATS | {"I8": "int8", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn"}
+_DTYPES = FLOATS | {"I8": "int8", "U8": "uint8", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn"}
 _CODES = {jnp.dtype(dtype): code for code, dtype in _DTYPES.items()}
 
 Header = tuple[str, tuple[int, ...]]  # safetensors' code of the type, and the shape
@@ -90,12 +91,31 @@ def read_tensor(file: Path, name: str, shape: tuple[int, ...] | None = None, box
         out = np.empty([part.stop - part.start for part in box], jnp.dtype(_DTYPES[entry["dtype"]]))
         first = 8 + size + entry["data_offsets"][0]
         for at, piece in _runs(shape, box, out):
-            raw.seek(first + at)
-            while piece:  # one call reads 2 GB at most
-                if not (count := raw.readinto(piece)):
-                    raise ValueError(f"{file} ends before {name} does. Is the download complete?")
-                piece = piece[count:]
+            _read_into(raw, first + at, piece, f"{file} ends before {name} does. Is the download complete?")
     return out
+
+
+def read_all(file: Path, into: Mapping[str, np.ndarray]) -> None:
+    """Fills arrays with the tensors of their names, all of the file. Raises ValueError where the file has others."""
+    open_file(file)  # checks every offset in the header
+    with open(file, "rb", buffering=0) as raw:
+        size = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(size))
+        header.pop("__metadata__", None)
+        found = {name: (jnp.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])) for name, entry in header.items()}
+        if found != {name: (room.dtype, room.shape) for name, room in into.items()}:
+            raise ValueError(f"{file} has other tensors than expected: {len(found)}, where {len(into)} are.")
+        for name, room in into.items():
+            at = 8 + size + header[name]["data_offsets"][0]
+            _read_into(raw, at, room.reshape(-1).view(np.uint8).data, f"{file} ends before {name} does.")
+
+
+def _read_into(raw: io.FileIO, at: int, piece: memoryview, otherwise: str) -> None:
+    raw.seek(at)
+    while piece:  # one call reads 2 GB at most
+        if not (count := raw.readinto(piece)):
+            raise ValueError(otherwise)
+        piece = piece[count:]
 
 
 def _runs(shape: tuple[int, ...], box: Box, out: np.ndarray) -> Iterator[tuple[int, memoryview]]:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from jaxllm import activations
 from jaxllm.activations import Activations
-from jaxllm.arrays import Contract, Fast, Kernel, QArray
+from jaxllm.arrays import Contract, Fast, Kernel, Packed, QArray
 from jaxllm.kernels import cpu
 from jaxllm.kernels.tpu import int4_matmul
 from jaxllm.params import Params, flatten, unflatten
@@ -82,14 +82,30 @@ def prepare(params: Params, platform: str) -> Params:
 
     flat = flatten(params)
     packable = {path: w for path, w in flat.items() if isinstance(w, QArray) and not cpu.unfit(w)}
+    shapes = {path: _packed_shapes(w) for path, w in packable.items()}
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
-        return unflatten(flat | {path: jax.eval_shape(cpu.pack, w) for path, w in packable.items()})
-    on_host = (jax.tree.map(np.asarray, w) for w in packable.values())
-    packed = (cpu.pack(w, np) for w in on_host)
-    leaves, structure = jax.tree.flatten(dict(zip(packable, packed, strict=True)))
-    flat |= jax.tree.unflatten(structure, cpu.in_huge_pages(leaves))
+        return unflatten(flat | shapes)
+
+    def fill(rooms: Sequence[np.ndarray]) -> None:
+        left = iter(rooms)
+        for w in packable.values():  # one at a time
+            for part in jax.tree.leaves(cpu.pack(jax.tree.map(np.asarray, w), np)):
+                next(left)[...] = part
+
+    leaves, structure = jax.tree.flatten(shapes)
+    flat |= jax.tree.unflatten(structure, cpu.in_huge_pages(leaves, fill))
     cpu.ask_for_huge_pages(w for w in flat.values() if isinstance(w, jax.Array))
     return unflatten(flat)
+
+
+def _packed_shapes(w: QArray) -> Packed:
+    leaves, structure = jax.tree.flatten(w)
+    return _trace_pack(structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+
+
+@functools.cache  # many weights of a model are alike
+def _trace_pack(structure: Any, *leaves: tuple[tuple[int, ...], Any]) -> Packed:
+    return jax.eval_shape(cpu.pack, jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*leaf) for leaf in leaves]))
 
 
 def settle(state: Any) -> None:

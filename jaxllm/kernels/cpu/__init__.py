@@ -17,7 +17,7 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,26 +78,30 @@ def version() -> str:
     return "" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
-def in_huge_pages(arrays: Sequence[Any]) -> list[jax.Array]:
-    """Copies of NumPy's or jax's arrays in memory of huge pages, which is read at up to 1.8 times the rate."""
+def in_huge_pages(arrays: Sequence[Any], fill: Callable[[Sequence[np.ndarray]], None]) -> list[jax.Array]:
+    """Arrays in memory of huge pages, which is read at up to 1.8 times the rate.
+
+    arrays: their shapes and types. fill: puts the values into NumPy's arrays, which are given in that order.
+    """
     offsets, end = [], 0
     for x in arrays:
         offsets.append(end)
-        end += -(-x.nbytes // _ALIGNED) * _ALIGNED
-    if sys.platform != "linux" or end < _HUGE:
-        return [jnp.asarray(x) for x in arrays]
-    memory = mmap.mmap(-1, end + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    room = np.frombuffer(memory, np.uint8)
-    room = room[-room.ctypes.data % _HUGE :]
-    copies = []
-    for x, offset in zip(arrays, offsets, strict=True):
-        copy = room[offset : offset + x.nbytes].view(x.dtype).reshape(x.shape)
-        copy[...] = np.asarray(x)
-        copies.append(
-            jax.device_put(copy, may_alias=True)
-        )  # aligned as XLA wants it: the device's array is this memory
-    return copies
+        end += -(-x.size * x.dtype.itemsize // _ALIGNED) * _ALIGNED
+    if sys.platform == "linux" and end >= _HUGE:
+        memory = mmap.mmap(-1, end + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        room = np.frombuffer(memory, np.uint8)
+        room = room[-room.ctypes.data % _HUGE :]
+    else:
+        room = np.empty(end + _ALIGNED, np.uint8)
+        room = room[-room.ctypes.data % _ALIGNED :]
+    rooms = [
+        room[offset : offset + x.size * x.dtype.itemsize].view(x.dtype).reshape(x.shape)
+        for x, offset in zip(arrays, offsets, strict=True)
+    ]
+    fill(rooms)
+    # Aligned as XLA wants it: the device's array is this memory.
+    return [jax.device_put(x, may_alias=True) for x in rooms]
 
 
 def ask_for_huge_pages(arrays: Iterable[jax.Array]) -> None:
