@@ -1,4 +1,7 @@
-"""jaxllm. A bundle for the first case, which start-up is measured with; the others are compiled, as `compile` does."""
+"""jaxllm. A bundle for the first case, which start-up is measured with; the others are compiled, as `compile` does.
+
+With quantised weights goes an int8 cache.
+"""
 
 import subprocess
 import sys
@@ -23,7 +26,7 @@ class Engine:
     def prepare(self, source: Path) -> None:
         batch, max_len = map(str, BUNDLE)
         how = ["--target", "cpu", "--batch", batch, "--context", max_len, "--out", str(self.folder)]
-        quantised = ["--quantize", _QUANTISED[self.variant]] if self.variant in _QUANTISED else []
+        quantised = ["--quantize", _QUANTISED[self.variant], "--kv", "int8"] if self.variant in _QUANTISED else []
         dtype = "bfloat16" if self.variant == "bfloat16" else "float32"
         command = [sys.executable, "-m", "jaxllm.cli", "compile", str(source), "--dtype", dtype, *quantised, *how]
         subprocess.run(command, check=True)

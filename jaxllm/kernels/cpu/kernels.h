@@ -46,8 +46,8 @@ struct Inputs {
 // for the many, most values are `low` alone; the few beyond have a `high`, which is null where all are to be int8.
 //
 // Rows are taken kTogether at a time, the last ones fewer: four values of the first row of such a block, four of each
-// other, the next four of the first, and so on. For each block, `beyond` lists the runs of four values (eight for
-// int4 weights) that have a high in any of its rows; those of values [32 i, 32 i + 32) are entries [beyond_first[i], beyond_first[i + 1]).
+// other, the next four of the first, and so on. For each block, `beyond` lists the fours that have a high in any
+// of its rows; those of values [32 i, 32 i + 32) are entries [beyond_first[i], beyond_first[i + 1]).
 constexpr int kCoarse = 254;
 constexpr int kTogether = 4;
 struct Activations {
@@ -56,7 +56,7 @@ struct Activations {
   const float* pairs;        // the same as `pair` lays it out, where there are bfloat16 weights
   const float* step;         // [M]
   const int8_t* low;         // [blocks of rows, K / 4, rows of the block, 4]
-  const int8_t* high;        // the same, where `beyond` lists it
+  const int8_t* high;        // the same; of several rows and int8 weights, only where `beyond` lists it
   const int32_t* low_sums;   // by blocks, where there are groups, and then of all: [M, K / kBlock + 1]
   const int32_t* high_sums;
   const int32_t* beyond;        // [blocks of rows, K / 4]
@@ -116,8 +116,8 @@ struct Kernels {
   // `reach` times the row's root mean square. Sums as in Activations, for one row; only that of all unless by_block.
   void (*round)(const float* x, int64_t K, float reach, bool by_block, float* step, int8_t* low, int8_t* high,
                 int32_t* low_sums, int32_t* high_sums);
-  // Makes of rows [rows, K] of low, and of high or null, a block as Activations has it. run: as of beyond, 4 or 8.
-  void (*lay_out)(const int8_t* low, const int8_t* high, int64_t rows, int64_t K, int run, int8_t* to_low,
+  // Makes of rows [rows, K] of low, and of high or null, a block as Activations has it. all: every four is listed.
+  void (*lay_out)(const int8_t* low, const int8_t* high, int64_t rows, int64_t K, bool all, int8_t* to_low,
                   int8_t* to_high, int32_t* beyond, int32_t* beyond_first);
   // Rows [first, last) of a weight; first is a multiple of kPanel.
   void (*matmul)(const Activations& x, const Weight& w, int64_t first, int64_t last);

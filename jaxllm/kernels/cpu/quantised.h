@@ -144,13 +144,15 @@ class Tile {
   void multiply() {
     for (int64_t g = 0; g < (kGroups ? w_.G : 1); ++g) {
       // Several panels at once are several streams, which the processor foresees badly: the first rows ask for the next.
-      if (M > 1 && m_ == 0)
-        add_low<true>(g);
-      else
-        add_low<false>(g);
-      if (a_.high == nullptr) continue;
+      const bool ahead = M > 1 && m_ == 0;
+      if (kAll && a_.high != nullptr) {
+        ahead ? add_group<true, true>(g) : add_group<false, true>(g);
+        continue;
+      }
+      ahead ? add_group<true, false>(g) : add_group<false, false>(g);
+      if (kAll || a_.high == nullptr) continue;
       UNROLL
-      for (int block = 0; block < kBlocks<M>; ++block) add_high(g, block);
+      for (int block = 0; block < kBlocks<M>; ++block) add_beyond(g, block);
     }
     Float scale[R][kParts];
     UNROLL
@@ -174,42 +176,48 @@ class Tile {
 
  private:
   static constexpr int kStep = kIsInt4 ? 8 : 4;
+  static constexpr bool kAll = kIsInt4 || M == 1;  // has a high for all values, and no list
 
   int64_t panel_bytes() const { return kPanel * (kIsInt4 ? a_.K / 2 : a_.K); }
 
-  template <bool kAhead>
-  void add_low(int64_t g) {
+  // Of low, and of high in the same go.
+  template <bool kAhead, bool kBoth>
+  void add_group(int64_t g) {
     constexpr int kChains = R * M * kParts < 4 ? 2 : 1;  // sums that do not wait for each other
-    const int8_t* x[kBlocks<M>];
+    const int8_t *low[kBlocks<M>], *high[kBlocks<M>];
     UNROLL
-    for (int block = 0; block < kBlocks<M>; ++block) x[block] = a_.low + (m_ + block * kTogether) * a_.K;
-    Int sums[kChains][R][M][kParts] = {};
+    for (int block = 0; block < kBlocks<M>; ++block) {
+      const int64_t at = (m_ + block * kTogether) * a_.K;
+      low[block] = a_.low + at, high[block] = kBoth ? a_.high + at : nullptr;
+    }
+    Int sums[kChains][R][M][kParts] = {}, high_sums[kChains][R][M][kParts] = {};
     for (int64_t step = g * group_ / kStep; step < (g + 1) * group_ / kStep; step += kChains)
       UNROLL
-      for (int c = 0; c < kChains; ++c)
-        add_products<kIsInt4, kAhead, R, M>(values_, step + c, R * panel_bytes(), x, sums[c]);
-    if constexpr (kChains == 2)
-      UNROLL
-      for (int i = 0; i < R * M * kParts; ++i) (&sums[0][0][0][0])[i] += (&sums[1][0][0][0])[i];
-    add<M>(g, a_.low_sums, 1.0f, 0, sums[0]);
+      for (int c = 0; c < kChains; ++c) {
+        add_products<kIsInt4, kAhead, R, M>(values_, step + c, R * panel_bytes(), low, sums[c]);
+        if (kBoth) add_products<kIsInt4, false, R, M>(values_, step + c, 0, high, high_sums[c]);
+      }
+    add<M>(g, a_.low_sums, 1.0f, 0, sums);
+    if (kBoth) add<M>(g, a_.high_sums, kCoarse, 0, high_sums);
   }
 
-  void add_high(int64_t g, int block) {
+  // Of high, of a block of rows.
+  void add_beyond(int64_t g, int block) {
     constexpr int kRows = kRowsOfBlock<M>;
     const int64_t from = m_ + block * kTogether, of = from / kTogether;
     const int32_t* first = a_.beyond_first + of * (a_.K / kBlock + 1);
-    const int32_t* runs = a_.beyond + of * (a_.K / 4);
-    const int32_t *run = runs + first[g * group_ / kBlock], *end = runs + first[(g + 1) * group_ / kBlock];
-    if (run == end) return;
+    const int32_t* fours = a_.beyond + of * (a_.K / 4);
+    const int32_t *four = fours + first[g * group_ / kBlock], *end = fours + first[(g + 1) * group_ / kBlock];
+    if (four == end) return;
     const int8_t* const x[1] = {a_.high + from * a_.K};
-    Int sums[R][kRows][kParts] = {};
-    for (; run != end; ++run) add_products<kIsInt4, false, R, kRows>(values_, *run, 0, x, sums);
+    Int sums[1][R][kRows][kParts] = {};
+    for (; four != end; ++four) add_products<kIsInt4, false, R, kRows>(values_, *four, 0, x, sums[0]);
     add<kRows>(g, a_.high_sums, kCoarse, block * kTogether, sums);
   }
 
   // Adds `factor` times the sums of a group of values to rows [first, first + Rows); of a single group not yet scaled.
-  template <int Rows>
-  void add(int64_t g, const int32_t* sums_of_x, float factor, int first, const Int (&sums)[R][Rows][kParts]) {
+  template <int Rows, int Chains>
+  void add(int64_t g, const int32_t* sums_of_x, float factor, int first, const Int (&sums)[Chains][R][Rows][kParts]) {
     const int64_t blocks = a_.K / kBlock + 1, blocks_of_group = group_ / kBlock;
     int32_t x_sums[Rows];
     UNROLL
@@ -227,7 +235,8 @@ class Tile {
         const Float scale = kGroups ? load_scale(w_, at) * factor : fill(factor);
         UNROLL
         for (int i = 0; i < Rows; ++i) {
-          Int sum = sums[r][i][v] - (kIsInt4 ? 8 : kOffset) * x_sums[i];
+          Int sum = sums[0][r][i][v] - (kIsInt4 ? 8 : kOffset) * x_sums[i];
+          if (Chains == 2) sum += sums[Chains - 1][r][i][v];
           if (w_.zero_point != nullptr) sum -= load_int(w_.zero_point + at) * x_sums[i];
           total_[r][first + i][v] += to_float(sum) * scale;
         }
@@ -370,40 +379,32 @@ inline void interleave(const int8_t* from, int64_t K, int64_t four, int8_t* to) 
   for (int row = 0; row < Rows; ++row) std::memcpy(to + (four * Rows + row) * 4, from + row * K + four * 4, 4);
 }
 
-template <int Rows, typename Run>
-inline void lay_out_rows(const int8_t* low, const int8_t* high, int64_t K, int8_t* to_low, int8_t* to_high,
+template <int Rows>
+inline void lay_out_rows(const int8_t* low, const int8_t* high, int64_t K, bool all, int8_t* to_low, int8_t* to_high,
                          int32_t* beyond, int32_t* beyond_first) {
-  constexpr int kFours = sizeof(Run) / 4, kRunsOfBlock = kBlock / sizeof(Run);
   for (int64_t four = 0; four < K / 4; ++four) interleave<Rows>(low, K, four, to_low);
   if (high == nullptr) return;
   int32_t count = 0;
-  for (int64_t block = 0; block < K / kBlock; ++block) {
-    beyond_first[block] = count;
-    for (int64_t run = block * kRunsOfBlock; run < (block + 1) * kRunsOfBlock; ++run) {
-      Run any = 0;
-      for (int row = 0; row < Rows; ++row) any |= load_as<Run>(high + row * K + run * sizeof(Run));
-      if (any == 0) continue;
-      for (int four = 0; four < kFours; ++four) interleave<Rows>(high, K, run * kFours + four, to_high);
-      beyond[count++] = static_cast<int32_t>(run);
-    }
+  for (int64_t four = 0; four < K / 4; ++four) {
+    if (four % (kBlock / 4) == 0) beyond_first[four / (kBlock / 4)] = count;
+    int32_t any = all;
+    for (int row = 0; row < Rows; ++row) any |= load_as<int32_t>(high + row * K + four * 4);
+    if (any == 0) continue;
+    interleave<Rows>(high, K, four, to_high);
+    beyond[count++] = static_cast<int32_t>(four);
   }
   beyond_first[K / kBlock] = count;
 }
 
-template <int Rows>
-inline void lay_out_runs(const int8_t* low, const int8_t* high, int64_t K, int run, int8_t* to_low, int8_t* to_high,
-                         int32_t* beyond, int32_t* beyond_first) {
-  run == 4 ? lay_out_rows<Rows, uint32_t>(low, high, K, to_low, to_high, beyond, beyond_first)
-           : lay_out_rows<Rows, uint64_t>(low, high, K, to_low, to_high, beyond, beyond_first);
-}
-
-inline void lay_out(const int8_t* low, const int8_t* high, int64_t rows, int64_t K, int run, int8_t* to_low,
+inline void lay_out(const int8_t* low, const int8_t* high, int64_t rows, int64_t K, bool all, int8_t* to_low,
                     int8_t* to_high, int32_t* beyond, int32_t* beyond_first) {
   switch (rows) {
-    case 4: return lay_out_runs<4>(low, high, K, run, to_low, to_high, beyond, beyond_first);
-    case 3: return lay_out_runs<3>(low, high, K, run, to_low, to_high, beyond, beyond_first);
-    case 2: return lay_out_runs<2>(low, high, K, run, to_low, to_high, beyond, beyond_first);
-    case 1: return lay_out_runs<1>(low, high, K, run, to_low, to_high, beyond, beyond_first);
+    case 4: return lay_out_rows<4>(low, high, K, all, to_low, to_high, beyond, beyond_first);
+    case 3: return lay_out_rows<3>(low, high, K, all, to_low, to_high, beyond, beyond_first);
+    case 2: return lay_out_rows<2>(low, high, K, all, to_low, to_high, beyond, beyond_first);
+    case 1:
+      std::memcpy(to_low, low, K);
+      if (high != nullptr) std::memcpy(to_high, high, K);
   }
 }
 
