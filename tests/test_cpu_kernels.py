@@ -355,6 +355,16 @@ def test_what_the_kernels_do_not_take_is_left_to_xla():
     assert (logits.max(-1) - logits[np.arange(8), tokens]).max() < 1e-2
 
 
+def test_every_weight_is_prepared_in_its_own_place():
+    """Also those of layers 10 and on, whose names come before that of layer 2."""
+    matrices = {f"layers_{i}": {"w": formats.quantize(normal((40, 64), i), 1, formats.parse("int8"))} for i in range(12)}
+    prepared = storable(matrices, None)
+    for name, group in matrices.items():
+        back = prepared[name]["w"].unpack()
+        np.testing.assert_array_equal(back.values, group["w"].values, err_msg=name)
+        np.testing.assert_array_equal(back.scale, group["w"].scale, err_msg=name)
+
+
 def test_weights_for_another_platform_stay_as_they_are():
     lm = model("int8")
     assert storable(lm.params, None, "tpu") is lm.params

@@ -92,8 +92,9 @@ def prepare(params: Params, platform: str) -> Params:
             for part in jax.tree.leaves(cpu.pack(jax.tree.map(np.asarray, w), np)):
                 next(left)[...] = part
 
-    leaves, structure = jax.tree.flatten(shapes)
-    flat |= jax.tree.unflatten(structure, cpu.in_huge_pages(leaves, fill))
+    leaves, structure = jax.tree.flatten([*shapes.values()])  # a dict's would be in order of names
+    packed = jax.tree.unflatten(structure, cpu.in_huge_pages(leaves, fill))
+    flat |= dict(zip(shapes, packed, strict=True))
     cpu.ask_for_huge_pages(w for w in flat.values() if isinstance(w, jax.Array))
     return unflatten(flat)
 
