@@ -357,7 +357,8 @@ def test_what_the_kernels_do_not_take_is_left_to_xla():
 
 def test_every_weight_is_prepared_in_its_own_place():
     """Also those of layers 10 and on, whose names come before that of layer 2."""
-    matrices = {f"layers_{i}": {"w": formats.quantize(normal((40, 64), i), 1, formats.parse("int8"))} for i in range(12)}
+    int8 = formats.parse("int8")
+    matrices = {f"layers_{i}": {"w": formats.quantize(normal((40, 64), i), 1, int8)} for i in range(12)}
     prepared = storable(matrices, None)
     for name, group in matrices.items():
         back = prepared[name]["w"].unpack()
