@@ -116,8 +116,8 @@ def write(path: Path, spec: Spec, compiled: Mapping[str, Any], devices: Sequence
     assert reader.shapes is not None
     here = _environment(_lowering(spec, reader.cfg, unflatten(reader.shapes), used), used)
     weights = _write_weights(path) if spec.mesh is None and used[0].platform == "cpu" else None
-    manifest = {"version": _VERSION, **dataclasses.asdict(spec), "environment": here, "programs": hashes}
-    manifest["weights"] = weights
+    parts = {"environment": here, "programs": hashes, "weights": weights}
+    manifest = {"version": _VERSION, **dataclasses.asdict(spec), **parts}
     _write(path / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
