@@ -5,6 +5,7 @@
 #include "dense.h"
 #include "kernels.h"
 #include "quantised.h"
+#include "rounding.h"
 
 namespace jaxllm {
 namespace JAXLLM_ISA {
@@ -22,7 +23,7 @@ void matmul(const Activations& x, const Weight& w, int64_t first, int64_t last) 
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {JAXLLM_NAME, activate, pair, round, lay_out, matmul, take, likeliest, attend};
+const Kernels kKernels = {JAXLLM_NAME, activate, pair, round, matmul, take, likeliest, attend};
 
 }  // namespace JAXLLM_ISA
 }  // namespace jaxllm

@@ -52,15 +52,15 @@ constexpr int kCoarse = 254;
 constexpr int kTogether = 4;
 struct Activations {
   int64_t M, K;
-  const float* x;            // [M, K]
+  const float* x;            // [M, K], where there are float weights
   const float* pairs;        // the same as `pair` lays it out, where there are bfloat16 weights
-  const float* step;         // [M]
-  const int8_t* low;         // [blocks of rows, K / 4, rows of the block, 4]
-  const int8_t* high;        // the same; of several rows and int8 weights, only where `beyond` lists it
-  const int32_t* low_sums;   // by blocks, where there are groups, and then of all: [M, K / kBlock + 1]
-  const int32_t* high_sums;
-  const int32_t* beyond;        // [blocks of rows, K / 4]
-  const int32_t* beyond_first;  // [blocks of rows, K / kBlock + 1]
+  float* step;               // [M]
+  int8_t* low;               // [blocks of rows, K / 4, rows of the block, 4]
+  int8_t* high;              // the same
+  int32_t* low_sums;         // by blocks, where there are groups, and then of all: [M, K / kBlock + 1]
+  int32_t* high_sums;
+  int32_t* beyond;           // [blocks of rows, K / 4]
+  int32_t* beyond_first;     // [blocks of rows, K / kBlock + 1]
 };
 
 // A weight [N, K] and where its product with the activations goes.
@@ -112,13 +112,9 @@ struct Kernels {
   void (*activate)(const Inputs& in, int64_t m, int64_t K, float* x);
   // A row of K activations, laid out for bfloat16 weights.
   void (*pair)(const float* x, int64_t K, float* pairs);
-  // A row of K activations; step: the one to take, or 0 to find it: with high, the one with which low reaches to
-  // `reach` times the row's root mean square. Sums as in Activations, for one row; only that of all unless by_block.
-  void (*round)(const float* x, int64_t K, float reach, bool by_block, float* step, int8_t* low, int8_t* high,
-                int32_t* low_sums, int32_t* high_sums);
-  // Makes of rows [rows, K] of low, and of high or null, a block as Activations has it. all: every four is listed.
-  void (*lay_out)(const int8_t* low, const int8_t* high, int64_t rows, int64_t K, bool all, int8_t* to_low,
-                  int8_t* to_high, int32_t* beyond, int32_t* beyond_first);
+  // Rounds a block of rows [rows, K] of x. Where a row's step is 0 it is found: with high, low then reaches to `reach` times the
+  // mean of the row's magnitudes, and of reach 0 all values have 16 bits. Sums: only those of all unless by_block.
+  void (*round)(const Activations& a, const float* x, int64_t block, float reach, bool by_block);
   // Rows [first, last) of a weight; first is a multiple of kPanel.
   void (*matmul)(const Activations& x, const Weight& w, int64_t first, int64_t last);
   // Row n of a weight.

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 
 #include "kernels.h"
 #include "simd.h"
@@ -97,12 +96,12 @@ constexpr int kRowsOfBlock = M < kTogether ? M : kTogether;
 template <int M>
 constexpr int kBlocks = M / kRowsOfBlock<M>;
 
-// Step `step` of four values (eight of int4) of each row of R panels, times M rows of activations. ahead: prefetches
-// what comes so much later.
-template <bool kIsInt4, bool kAhead, int R, int M>
+// Step `step` of four values (eight of int4) of each row of R panels, times rows [First, First + Rows) of activations.
+// ahead: prefetches what comes so much later.
+template <bool kIsInt4, bool kAhead, int First, int Rows, int R, int M>
 inline void add_products(const uint8_t* const (&values)[R], int64_t step, int64_t ahead,
-                         const int8_t* const (&x)[kBlocks<M>], Int (&sums)[R][M][kParts]) {
-  constexpr int kRows = kRowsOfBlock<M>, kFour = 4 * kRows;  // bytes of four values of a block's rows
+                         const int8_t* const (&x)[kBlocks<Rows>], Int (&sums)[R][M][kParts]) {
+  constexpr int kRows = kRowsOfBlock<Rows>, kFour = 4 * kRows;  // bytes of four values of a block's rows
   Bytes row[R][kParts];
   UNROLL
   for (int r = 0; r < R; ++r)
@@ -114,20 +113,25 @@ inline void add_products(const uint8_t* const (&values)[R], int64_t step, int64_
       if (!kIsInt4) row[r][v] = int8_of(row[r][v]);
     }
   UNROLL
-  for (int i = 0; i < M; ++i) {
+  for (int i = 0; i < Rows; ++i) {
     const int8_t* of = x[i / kRows] + step * (kIsInt4 ? 2 : 1) * kFour + i % kRows * 4;
     const Bytes first = four(of);
     UNROLL
     for (int r = 0; r < R; ++r)
       UNROLL
-      for (int v = 0; v < kParts; ++v)
-        sums[r][i][v] = dot<!kIsInt4>(sums[r][i][v], kIsInt4 ? low_half(row[r][v]) : row[r][v], first);
+      for (int v = 0; v < kParts; ++v) {
+        Int& sum = sums[r][First + i][v];
+        sum = dot<!kIsInt4>(sum, kIsInt4 ? low_half(row[r][v]) : row[r][v], first);
+      }
     if constexpr (kIsInt4) {
       const Bytes second = four(of + kFour);
       UNROLL
       for (int r = 0; r < R; ++r)
         UNROLL
-        for (int v = 0; v < kParts; ++v) sums[r][i][v] = dot<false>(sums[r][i][v], high_half(row[r][v]), second);
+        for (int v = 0; v < kParts; ++v) {
+          Int& sum = sums[r][First + i][v];
+          sum = dot<false>(sum, high_half(row[r][v]), second);
+        }
     }
   }
 }
@@ -142,17 +146,15 @@ class Tile {
   }
 
   void multiply() {
+    const bool whole = !w_.bfloat16_y && (panel_ + R) * kPanel <= w_.N;
+    if (M > 1 && whole) ask_for_results();
     for (int64_t g = 0; g < (kGroups ? w_.G : 1); ++g) {
       // Several panels at once are several streams, which the processor foresees badly: the first rows ask for the next.
       const bool ahead = M > 1 && m_ == 0;
-      if (kAll && a_.high != nullptr) {
+      if (kAll && a_.high != nullptr)
         ahead ? add_group<true, true>(g) : add_group<false, true>(g);
-        continue;
-      }
-      ahead ? add_group<true, false>(g) : add_group<false, false>(g);
-      if (kAll || a_.high == nullptr) continue;
-      UNROLL
-      for (int block = 0; block < kBlocks<M>; ++block) add_beyond(g, block);
+      else
+        ahead ? add_group<true, false>(g) : add_group<false, false>(g);
     }
     Float scale[R][kParts];
     UNROLL
@@ -166,7 +168,7 @@ class Tile {
       for (int r = 0; r < R; ++r)
         UNROLL
         for (int v = 0; v < kParts; ++v) total_[r][i][v] *= scale[r][v] * a_.step[m_ + i];
-    if (w_.bfloat16_y || (panel_ + R) * kPanel > w_.N)
+    if (!whole)
       store_part();
     else if (w_.add != nullptr)
       store_whole<true>();
@@ -176,11 +178,23 @@ class Tile {
 
  private:
   static constexpr int kStep = kIsInt4 ? 8 : 4;
-  static constexpr bool kAll = kIsInt4 || M == 1;  // has a high for all values, and no list
+  static constexpr bool kAll = kIsInt4 || M == 1;  // takes high of all values, and no list
 
   int64_t panel_bytes() const { return kPanel * (kIsInt4 ? a_.K / 2 : a_.K); }
 
-  // Of low, and of high in the same go.
+  // A line that is not in the cache has to be read before it can be written.
+  void ask_for_results() const {
+    UNROLL
+    for (int i = 0; i < M; ++i)
+      UNROLL
+      for (int r = 0; r < R; ++r) {
+        const int64_t at = (m_ + i) * w_.N + (panel_ + r) * kPanel;
+        __builtin_prefetch(static_cast<const float*>(w_.y) + at, 1);
+        if (w_.add != nullptr) __builtin_prefetch(static_cast<const float*>(w_.add) + at);
+      }
+  }
+
+  // kBoth: low and high of all values in the same go.
   template <bool kAhead, bool kBoth>
   void add_group(int64_t g) {
     constexpr int kChains = R * M * kParts < 4 ? 2 : 1;  // sums that do not wait for each other
@@ -191,42 +205,59 @@ class Tile {
       low[block] = a_.low + at, high[block] = kBoth ? a_.high + at : nullptr;
     }
     Int sums[kChains][R][M][kParts] = {}, high_sums[kChains][R][M][kParts] = {};
+    const bool beyond = !kAll && a_.high != nullptr;
+    if (beyond) {
+      add_beyond<0>(g, sums[0]);
+      if constexpr (kBlocks<M> > 1) add_beyond<1>(g, sums[0]);
+    }
     for (int64_t step = g * group_ / kStep; step < (g + 1) * group_ / kStep; step += kChains)
       UNROLL
       for (int c = 0; c < kChains; ++c) {
-        add_products<kIsInt4, kAhead, R, M>(values_, step + c, R * panel_bytes(), low, sums[c]);
-        if (kBoth) add_products<kIsInt4, false, R, M>(values_, step + c, 0, high, high_sums[c]);
+        add_products<kIsInt4, kAhead, 0, M>(values_, step + c, R * panel_bytes(), low, sums[c]);
+        if (kBoth) add_products<kIsInt4, false, 0, M>(values_, step + c, 0, high, high_sums[c]);
       }
-    add<M>(g, a_.low_sums, 1.0f, 0, sums);
-    if (kBoth) add<M>(g, a_.high_sums, kCoarse, 0, high_sums);
+    int32_t low_x[M], high_x[M];
+    for (int i = 0; i < M; ++i) {
+      low_x[i] = sum_of_x(a_.low_sums, g, i);
+      if (beyond || kBoth) high_x[i] = sum_of_x(a_.high_sums, g, i);
+      if (beyond) low_x[i] += kCoarse * high_x[i];
+    }
+    add(g, low_x, 1.0f, sums);
+    if (kBoth) add(g, high_x, kCoarse, high_sums);
   }
 
-  // Of high, of a block of rows.
-  void add_beyond(int64_t g, int block) {
-    constexpr int kRows = kRowsOfBlock<M>;
-    const int64_t from = m_ + block * kTogether, of = from / kTogether;
+  // kCoarse times high, of the fours that a block of rows lists. A row's integers are at most 127 K together, as its
+  // step is from their mean: products with 255 are below 2^31 for a K of up to 66000.
+  template <int Block>
+  void add_beyond(int64_t g, Int (&sums)[R][M][kParts]) {
+    constexpr int kFirst = Block * kTogether, kRows = kRowsOfBlock<M>;
+    const int64_t of = m_ / kTogether + Block;
     const int32_t* first = a_.beyond_first + of * (a_.K / kBlock + 1);
     const int32_t* fours = a_.beyond + of * (a_.K / 4);
     const int32_t *four = fours + first[g * group_ / kBlock], *end = fours + first[(g + 1) * group_ / kBlock];
-    if (four == end) return;
-    const int8_t* const x[1] = {a_.high + from * a_.K};
-    Int sums[1][R][kRows][kParts] = {};
-    for (; four != end; ++four) add_products<kIsInt4, false, R, kRows>(values_, *four, 0, x, sums[0]);
-    add<kRows>(g, a_.high_sums, kCoarse, block * kTogether, sums);
+    const int8_t* const x[1] = {a_.high + (m_ + kFirst) * a_.K};
+    for (; four != end; ++four) add_products<kIsInt4, false, kFirst, kRows>(values_, *four, 0, x, sums);
+    UNROLL
+    for (int r = 0; r < R; ++r)
+      UNROLL
+      for (int i = 0; i < kRows; ++i)
+        UNROLL
+        for (int v = 0; v < kParts; ++v) sums[r][kFirst + i][v] *= kCoarse;
   }
 
-  // Adds `factor` times the sums of a group of values to rows [first, first + Rows); of a single group not yet scaled.
-  template <int Rows, int Chains>
-  void add(int64_t g, const int32_t* sums_of_x, float factor, int first, const Int (&sums)[Chains][R][Rows][kParts]) {
-    const int64_t blocks = a_.K / kBlock + 1, blocks_of_group = group_ / kBlock;
-    int32_t x_sums[Rows];
-    UNROLL
-    for (int i = 0; i < Rows; ++i) {
-      const int32_t* of = sums_of_x + (m_ + first + i) * blocks;
-      x_sums[i] = of[kGroups ? g * blocks_of_group : blocks - 1];
-      if (kGroups)
-        for (int64_t b = 1; b < blocks_of_group; ++b) x_sums[i] += of[g * blocks_of_group + b];
-    }
+  // The sum of a row's integers in a group.
+  int32_t sum_of_x(const int32_t* sums, int64_t g, int row) const {
+    const int64_t blocks = a_.K / kBlock + 1, of_group = group_ / kBlock;
+    const int32_t* of = sums + (m_ + row) * blocks;
+    if (!kGroups) return of[blocks - 1];
+    int32_t sum = 0;
+    for (int64_t block = 0; block < of_group; ++block) sum += of[g * of_group + block];
+    return sum;
+  }
+
+  // Adds `factor` times the sums of a group of values, of a single group not yet scaled.
+  template <int Chains>
+  void add(int64_t g, const int32_t (&x_sums)[M], float factor, const Int (&sums)[Chains][R][M][kParts]) {
     UNROLL
     for (int r = 0; r < R; ++r)
       UNROLL
@@ -234,11 +265,11 @@ class Tile {
         const int64_t at = ((panel_ + r) * w_.G + g) * kPanel + v * kLanes;
         const Float scale = kGroups ? load_scale(w_, at) * factor : fill(factor);
         UNROLL
-        for (int i = 0; i < Rows; ++i) {
+        for (int i = 0; i < M; ++i) {
           Int sum = sums[0][r][i][v] - (kIsInt4 ? 8 : kOffset) * x_sums[i];
           if (Chains == 2) sum += sums[Chains - 1][r][i][v];
           if (w_.zero_point != nullptr) sum -= load_int(w_.zero_point + at) * x_sums[i];
-          total_[r][first + i][v] += to_float(sum) * scale;
+          total_[r][i][v] += to_float(sum) * scale;
         }
       }
   }
@@ -300,112 +331,6 @@ void quantised(const Activations& a, const Weight& w, int64_t first, int64_t las
     for (; panel + kPanelsAtOnce <= end; panel += kPanelsAtOnce)
       quantised_rows<kIsInt4, kGroups, kPanelsAtOnce>(a, w, group, panel);
   for (; panel < end; ++panel) quantised_rows<kIsInt4, kGroups, 1>(a, w, group, panel);
-}
-
-// The step of a row: see Kernels.
-inline float find_step(const float* x, int64_t K, float reach, bool two) {
-  Float most{}, squares{}, wrong{};
-  for (int64_t k = 0; k < K; k += kLanes) {
-    const Float of = load(x + k);
-    most = larger(most, larger(of, -of));
-    squares += of * of;
-    wrong += of - of;  // of infinities and NaN it is NaN
-  }
-  if (sum(wrong) != 0) return NAN;  // which makes all results one
-  const float absmax = highest(most);
-  if (absmax == 0) return 1.0f;
-  if (!two) return absmax / 127.0f;
-  const float last = std::min(absmax, reach * std::sqrt(sum(squares) / static_cast<float>(K)));
-  return std::max(std::max(last, absmax / kCoarse) / 127.0f, std::numeric_limits<float>::min());  // has a reciprocal
-}
-
-template <bool kTwo, bool kByBlock>
-inline void round_row(const float* x, int64_t K, float step, int8_t* low, int8_t* high, int32_t* low_sums,
-                      int32_t* high_sums) {
-  constexpr float kMost = kTwo ? 127.0f * kCoarse : 127.0f;
-  const int64_t blocks = K / kBlock;
-  const float factor = 1.0f / step;
-  Int all_low{}, all_high{};
-  for (int64_t block = 0; block < blocks; ++block) {
-    Int sum_low{}, sum_high{};
-    UNROLL
-    for (int i = 0; i < kBlock; i += kLanes) {
-      const int64_t k = block * kBlock + i;
-      // What is one int8 rounds as its twin does, whose division is exact.
-      Float scaled = kTwo ? load(x + k) * factor : load(x + k) / step;
-      scaled = scaled > kMost ? fill(kMost) : scaled < -kMost ? fill(-kMost) : scaled;
-      Float whole = (scaled + kMagic) - kMagic;
-      if (kTwo) {
-        // A hair less than 1 / kCoarse: 127 has no high, and 128 + 126 * kCoarse still has the next one.
-        const Float coarse = (whole * (1.0f / (kCoarse + 0.002f)) + kMagic) - kMagic;
-        whole -= coarse * static_cast<float>(kCoarse);
-        const Int bytes = __builtin_convertvector(coarse, Int);
-        store_bytes(high + k, bytes);
-        sum_high += bytes;
-      }
-      const Int bytes = __builtin_convertvector(whole, Int);
-      store_bytes(low + k, bytes);
-      sum_low += bytes;
-    }
-    if (kByBlock) low_sums[block] = sum(sum_low);
-    if (kByBlock && kTwo) high_sums[block] = sum(sum_high);
-    all_low += sum_low, all_high += sum_high;
-  }
-  low_sums[blocks] = sum(all_low);
-  if (kTwo) high_sums[blocks] = sum(all_high);
-}
-
-inline void round(const float* x, int64_t K, float reach, bool by_block, float* step, int8_t* low, int8_t* high,
-                  int32_t* low_sums, int32_t* high_sums) {
-  const bool two = high != nullptr;
-  if (*step == 0) *step = find_step(x, K, reach, two);
-  if (*step != *step) {
-    const int64_t sums = (K / kBlock + 1) * static_cast<int64_t>(sizeof(int32_t));
-    std::memset(low, 0, K), std::memset(low_sums, 0, sums);
-    if (two) std::memset(high, 0, K), std::memset(high_sums, 0, sums);
-    return;
-  }
-  if (two)
-    by_block ? round_row<true, true>(x, K, *step, low, high, low_sums, high_sums)
-             : round_row<true, false>(x, K, *step, low, high, low_sums, high_sums);
-  else
-    by_block ? round_row<false, true>(x, K, *step, low, high, low_sums, high_sums)
-             : round_row<false, false>(x, K, *step, low, high, low_sums, high_sums);
-}
-
-// Four values of each row, from place `four` on, side by side.
-template <int Rows>
-inline void interleave(const int8_t* from, int64_t K, int64_t four, int8_t* to) {
-  for (int row = 0; row < Rows; ++row) std::memcpy(to + (four * Rows + row) * 4, from + row * K + four * 4, 4);
-}
-
-template <int Rows>
-inline void lay_out_rows(const int8_t* low, const int8_t* high, int64_t K, bool all, int8_t* to_low, int8_t* to_high,
-                         int32_t* beyond, int32_t* beyond_first) {
-  for (int64_t four = 0; four < K / 4; ++four) interleave<Rows>(low, K, four, to_low);
-  if (high == nullptr) return;
-  int32_t count = 0;
-  for (int64_t four = 0; four < K / 4; ++four) {
-    if (four % (kBlock / 4) == 0) beyond_first[four / (kBlock / 4)] = count;
-    int32_t any = all;
-    for (int row = 0; row < Rows; ++row) any |= load_as<int32_t>(high + row * K + four * 4);
-    if (any == 0) continue;
-    interleave<Rows>(high, K, four, to_high);
-    beyond[count++] = static_cast<int32_t>(four);
-  }
-  beyond_first[K / kBlock] = count;
-}
-
-inline void lay_out(const int8_t* low, const int8_t* high, int64_t rows, int64_t K, bool all, int8_t* to_low,
-                    int8_t* to_high, int32_t* beyond, int32_t* beyond_first) {
-  switch (rows) {
-    case 4: return lay_out_rows<4>(low, high, K, all, to_low, to_high, beyond, beyond_first);
-    case 3: return lay_out_rows<3>(low, high, K, all, to_low, to_high, beyond, beyond_first);
-    case 2: return lay_out_rows<2>(low, high, K, all, to_low, to_high, beyond, beyond_first);
-    case 1:
-      std::memcpy(to_low, low, K);
-      if (high != nullptr) std::memcpy(to_high, high, K);
-  }
 }
 
 }  // namespace JAXLLM_ISA

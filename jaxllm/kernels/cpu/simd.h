@@ -87,6 +87,19 @@ inline void store_bytes(int8_t* p, Int x) {
 #endif
 }
 
+// A bit for each lane: whether it is other than 0.
+inline unsigned nonzero(Int x) {
+#if defined(__AVX512VNNI__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(x));
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(x != 0));
+#else
+  unsigned bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= static_cast<unsigned>(x[lane] != 0) << lane;
+  return bits;
+#endif
+}
+
 using jaxllm::to_float;
 inline float to_float(float x) { return x; }
 inline float to_float(int8_t x) { return x; }
