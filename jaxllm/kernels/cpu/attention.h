@@ -3,178 +3,178 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
-#include <vector>
 
 #include "kernels.h"
+#include "products.h"
+#include "room.h"
 #include "simd.h"
 
 namespace jaxllm {
 namespace JAXLLM_ISA {
 
-constexpr int kSlots = 64;  // looked at together
-
-// y[r, 0:width] += sum over i < depth of a[r * row + i * next] * b[i, 0:width], of R rows and V vectors.
-template <int R, int V>
-inline void add_product(float* y, int64_t y_row, const float* a, int64_t row, int64_t next, const float* b,
-                        int64_t b_row, int64_t depth) {
-  Float sums[R][V];
-  UNROLL
-  for (int r = 0; r < R; ++r)
-    UNROLL
-    for (int v = 0; v < V; ++v) sums[r][v] = load(y + r * y_row + v * kLanes);
-  for (int64_t i = 0; i < depth; ++i) {
-    Float of[V];
-    UNROLL
-    for (int v = 0; v < V; ++v) of[v] = load(b + i * b_row + v * kLanes);
-    UNROLL
-    for (int r = 0; r < R; ++r) {
-      const Float factor = fill(a[r * row + i * next]);
-      UNROLL
-      for (int v = 0; v < V; ++v) sums[r][v] += factor * of[v];
-    }
-  }
-  UNROLL
-  for (int r = 0; r < R; ++r)
-    UNROLL
-    for (int v = 0; v < V; ++v) store(y + r * y_row + v * kLanes, sums[r][v]);
-}
-
-template <int V>
-inline void multiply_columns(float* y, int64_t y_row, const float* a, int64_t row, int64_t next, const float* b,
-                             int64_t b_row, int64_t rows, int64_t depth) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) add_product<4, V>(y + r * y_row, y_row, a + r * row, row, next, b, b_row, depth);
-  for (; r < rows; ++r) add_product<1, V>(y + r * y_row, y_row, a + r * row, row, next, b, b_row, depth);
-}
-
-// The same of any number of rows, and a width that is a multiple of kLanes.
-inline void multiply(float* y, int64_t y_row, const float* a, int64_t row, int64_t next, const float* b,
-                     int64_t b_row, int64_t rows, int64_t width, int64_t depth) {
-  for (int64_t at = 0; at < width;) {
-    const auto some = [&](auto vectors) {
-      multiply_columns<vectors>(y + at, y_row, a, row, next, b + at, b_row, rows, depth);
-      at += vectors * kLanes;
-    };
-    switch ((width - at) / kLanes) {
-      case 1: some(std::integral_constant<int, 1>{}); break;
-      case 2: some(std::integral_constant<int, 2>{}); break;
-      case 3: some(std::integral_constant<int, 3>{}); break;
-      default: some(std::integral_constant<int, 4>{});
-    }
-  }
-}
-
-// Rows of H as floats: where they are, or in `room`. The stride between rows is then `row`.
+// A cache of int8 is multiplied in int16, whose sums are exact and of which an instruction takes twice as many as of
+// floats: queries and weights are rounded to 15 bits. Other caches are multiplied in floats.
 template <typename T>
-inline const float* as_floats(const T* from, int64_t rows, int64_t H, int64_t wide_H, float* room, int64_t* row) {
+constexpr bool kWords = std::is_same_v<T, int8_t>;
+template <typename T>
+using Factor = std::conditional_t<kWords<T>, int32_t, float>;  // two int16, or a float
+constexpr float kMostWord = 32767.0f;
+
+// Slots that are looked at together: by many queries, and by few, where the keys or values of so many fill half of a
+// processor's first cache.
+constexpr int kSlots = 64;
+template <typename T>
+constexpr int kSlotsOfFew = kWords<T> ? 256 : 64;
+
+template <typename T>
+inline auto load_factors(const T* p) {
+  if constexpr (kWords<T>)
+    return load_pairs(p);
+  else
+    return load(p);
+}
+
+// Rows of H as floats, `row` apart: where they are, or in `room`.
+template <typename T>
+inline Rows<float> as_floats(const T* from, int64_t rows, int64_t H, int64_t wide_H, float* room) {
   if constexpr (std::is_same_v<T, float>) {
-    if (H == wide_H) return *row = H, from;
+    if (H == wide_H) return {from, H, nullptr};
   }
   for (int64_t r = 0; r < rows; ++r) {
     int64_t h = 0;
     for (; h + kLanes <= H; h += kLanes) store(room + r * wide_H + h, load(from + r * H + h));
     for (; h < H; ++h) room[r * wide_H + h] = to_float(from[r * H + h]);
   }
-  return *row = wide_H, room;
+  return {room, wide_H, nullptr};
 }
 
-template <typename T>
-inline void prefetch(const T* from, int64_t count) {
-  const char* at = reinterpret_cast<const char*>(from);
-  for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(at + byte);
-}
-
-template <typename T, int kR, int kV>
-inline void mix_columns(const float* weights, const T* v, const T* next_k, int64_t H, int64_t count, float* y, int64_t wide_H) {
-  Float sums[kR][kV];
-  UNROLL
-  for (int r = 0; r < kR; ++r)
-    UNROLL
-    for (int i = 0; i < kV; ++i) sums[r][i] = load(y + r * wide_H + i * kLanes);
-  for (int64_t s = 0; s < count; ++s) {
-    prefetch(next_k + s * H, kV * kLanes);
-    Float of[kV];
-    UNROLL
-    for (int i = 0; i < kV; ++i) of[i] = load(v + s * H + i * kLanes);
-    UNROLL
-    for (int r = 0; r < kR; ++r)
-      UNROLL
-      for (int i = 0; i < kV; ++i) sums[r][i] += weights[r * kSlots + s] * of[i];
+// Keys [rows, H], two values of a row side by side.
+inline void pair_within_rows(const int8_t* from, int64_t rows, int64_t H, int32_t* room) {
+  for (int64_t r = 0; r < rows; ++r, from += H, room += (H + 1) / 2) {
+    int64_t h = 0;
+    for (; h + 2 * kLanes <= H; h += 2 * kLanes) store(room + h / 2, load_pairs(from + h));
+    for (; h < H; h += 2) room[h / 2] = pair(from[h], h + 1 < H ? from[h + 1] : 0);
   }
-  UNROLL
-  for (int r = 0; r < kR; ++r)
-    UNROLL
-    for (int i = 0; i < kV; ++i) store(y + r * wide_H + i * kLanes, sums[r][i]);
 }
 
-// Scores [kR, kSlots] of queries [kR, H] and keys [count, H]. A short run of a cache is over before the processor
+// Values [rows, H], those of two rows side by side.
+inline Rows<int32_t> pair_rows(const int8_t* from, int64_t rows, int64_t H, int64_t wide_H, int32_t* room) {
+  const RowPairs pairs{from, H, rows, nullptr};
+  for (int64_t i = 0; 2 * i < rows; ++i) {
+    int64_t h = 0;
+    for (; h + kLanes <= H; h += kLanes) store(room + i * wide_H + h, pairs.load(i, h));
+    for (; h < H; ++h) room[i * wide_H + h] = pair(from[2 * i * H + h], from[std::min(2 * i + 1, rows - 1) * H + h]);
+  }
+  return {room, wide_H, nullptr};
+}
+
+// A query's H values as words, of which the result is one; NaN where a value is no number.
+inline float round_query(const float* q, int64_t H, int16_t* words) {
+  Float most{}, wrong{};
+  float absmax = 0;
+  int64_t h = 0;
+  for (; h + kLanes <= H; h += kLanes) {
+    const Float of = load(q + h);
+    most = larger(most, larger(of, -of)), wrong += of - of;
+  }
+  for (; h < H; ++h) absmax = std::max(absmax, std::fabs(q[h])), wrong += q[h] - q[h];
+  if (sum(wrong) != 0) return NAN;
+  // No sum of products with int8 overflows.
+  const float last = std::min(kMostWord, std::floor(2147483647.0f / (128.0f * static_cast<float>(H))));
+  const float unit = std::max(std::max(absmax, highest(most)) / last, std::numeric_limits<float>::min());
+  const float factor = 1.0f / unit;
+  for (h = 0; h + kLanes <= H; h += kLanes) store_words(words + h, load(q + h) * factor);
+  for (; h < H; ++h) words[h] = static_cast<int16_t>(std::nearbyint(q[h] * factor));
+  return unit;
+}
+
+// Scores [kR, kSlotsOfFew] of queries [kR, H] and keys [count, H]. A short run of a cache is over before the processor
 // foresees it, so each step asks for as much of the values, which come next.
 template <typename T, int kR>
-inline void score_few(const float* q, const T* k, const T* v, int64_t H, int64_t count, float* scores) {
+inline void score_few(const Factor<T>* q, const T* k, const T* v, int64_t H, int64_t count, float* scores) {
+  constexpr int kValues = kWords<T> ? 2 : 1;  // of a factor
+  const int64_t row = (H + kValues - 1) / kValues;
+  using Sum = decltype(load_factors(k));
   for (int64_t s = 0; s < count; s += 4) {
     prefetch(v + s * H, 4 * H);
     const T* keys[4];
     UNROLL
     for (int i = 0; i < 4; ++i) keys[i] = k + std::min(s + i, count - 1) * H;
-    Float sums[kR][4] = {};
+    Sum sums[kR][4] = {};
     int64_t h = 0;
-    for (; h + kLanes <= H; h += kLanes) {
-      Float of[4];
+    for (; h + kValues * kLanes <= H; h += kValues * kLanes) {
+      Sum of[4];
       UNROLL
-      for (int i = 0; i < 4; ++i) of[i] = load(keys[i] + h);
+      for (int i = 0; i < 4; ++i) of[i] = load_factors(keys[i] + h);
       UNROLL
       for (int r = 0; r < kR; ++r) {
-        const Float query = load(q + r * H + h);
+        const Sum query = load(q + r * row + h / kValues);
         UNROLL
-        for (int i = 0; i < 4; ++i) sums[r][i] += query * of[i];
+        for (int i = 0; i < 4; ++i) add_product(sums[r][i], query, of[i]);
       }
     }
     UNROLL
     for (int r = 0; r < kR; ++r) {
-      float* to = scores + r * kSlots + s;
+      float* to = scores + r * kSlotsOfFew<T> + s;
       sums_of_four(sums[r][0], sums[r][1], sums[r][2], sums[r][3], to);
-      for (int64_t rest = h; rest < H; ++rest)
-        for (int i = 0; i < 4; ++i) to[i] += q[r * H + rest] * to_float(keys[i][rest]);
+      for (int64_t rest = h; rest < H; ++rest) {
+        const auto factor = q[r * row + rest / kValues];
+        const float query = kWords<T> ? static_cast<int16_t>(static_cast<int32_t>(factor) >> rest % 2 * 16) : factor;
+        for (int i = 0; i < 4; ++i) to[i] += query * to_float(keys[i][rest]);
+      }
     }
   }
 }
 
-// y[0:kR, 0:H] (rows of wide_H) += weights [kR, kSlots] times values [count, H]. next_k: keys to ask for meanwhile.
-template <typename T, int kR>
-inline void mix_few(const float* weights, const T* v, const T* next_k, int64_t H, int64_t count, float* y, int64_t wide_H) {
-  int64_t h = 0;
-  for (; h + 4 * kLanes <= H; h += 4 * kLanes) mix_columns<T, kR, 4>(weights, v + h, next_k + h, H, count, y + h, wide_H);
-  for (; h + kLanes <= H; h += kLanes) mix_columns<T, kR, 1>(weights, v + h, next_k + h, H, count, y + h, wide_H);
-  for (; h < H; ++h)
-    for (int r = 0; r < kR; ++r)
-      for (int64_t s = 0; s < count; ++s) y[r * wide_H + h] += weights[r * kSlots + s] * to_float(v[s * H + h]);
-}
+// The slots that a step looks at: `count` from `first` on of a row of the cache. Of int8, weights are multiplied by the
+// scales of the values and rounded to words, of which `unit` is one.
+struct Slots {
+  int64_t first, count;
+  float unit;
+  float k_scale[kSlotsOfFew<int8_t>], v_scale[kSlotsOfFew<int8_t>];  // the latter in units; 0 to the end of a vector
 
-// Softmax of scores in place, of `count` slots from `first` on, whose weights are then multiplied by v_scale. Each
-// query's highest score and total go on, and `y_scale` is what its sum of values is to be multiplied by.
-//
-// Few: scores [R, kSlots].
-inline void softmax_few(const Attention& a, int64_t cache_row, const int32_t* positions, int64_t G, int64_t R,
-                        int64_t first, int64_t count, float* scores, float* highest_R, float* total_R,
-                        float* y_scale) {
+  Slots(const Attention& a, int64_t cache_row, int64_t first, int64_t count) : first(first), count(count), unit(1) {
+    if (a.k_scale == nullptr) return;
+    const int64_t at = cache_row * a.S + first;
+    std::memcpy(k_scale, a.k_scale + at, count * sizeof(float)), std::memcpy(v_scale, a.v_scale + at, count * sizeof(float));
+    for (int64_t s = count; s % kLanes != 0; ++s) k_scale[s] = v_scale[s] = 0;
+    Float most = fill(std::numeric_limits<float>::min()), wrong{};
+    for (int64_t s = 0; s < count; s += kLanes) {
+      const Float scale = load(v_scale + s);
+      most = larger(scale, most), wrong += scale - scale;
+    }
+    unit = sum(wrong) == 0 ? highest(most) / kMostWord : NAN;
+    for (int64_t s = 0; s < count; s += kLanes) store(v_scale + s, load(v_scale + s) * (1.0f / unit));
+  }
+};
+
+// What is kept for each query: its unit, its highest score and the total of its weights so far, and what its sum of
+// values is to be multiplied by before more is added.
+struct Running {
+  float *unit, *highest, *total, *keep;
+};
+
+// Softmax of scores [R, kSlotsOfFew], whose weights are as many words or floats.
+template <typename T>
+inline void softmax_few(const Attention& a, const Slots& slots, const int32_t* positions, int64_t R, float* scores,
+                        void* weights, const Running& running) {
+  constexpr bool kWhole = kWords<T>;
+  constexpr int kSlots = kSlotsOfFew<T>;
   Int lanes;
   UNROLL
   for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
-  float k_scale[kSlots] = {}, v_scale[kSlots] = {};
-  if (a.k_scale != nullptr) {
-    const int64_t at = cache_row * a.S + first;
-    for (int64_t s = 0; s < count; ++s) k_scale[s] = a.k_scale[at + s], v_scale[s] = a.v_scale[at + s];
-  }
   for (int64_t r = 0; r < R; ++r) {
     float* of = scores + r * kSlots;
-    const int64_t at = positions[r / G];
-    const int32_t to = static_cast<int32_t>(std::clamp<int64_t>(at + 1 - first, 0, count));
-    const int32_t from = a.window == 0 ? 0 : static_cast<int32_t>(std::clamp<int64_t>(at + 1 - a.window - first, 0, to));
-    Float top = fill(highest_R[r]);
-    for (int32_t s = 0; s < kSlots; s += kLanes) {
+    const int64_t at = positions[r / (a.N / a.K)] + 1 - slots.first;
+    const int32_t to = static_cast<int32_t>(std::clamp<int64_t>(at, 0, slots.count));
+    const int32_t from = a.window == 0 ? 0 : static_cast<int32_t>(std::clamp<int64_t>(at - a.window, 0, to));
+    const float before = running.highest[r];
+    Float top = fill(before);
+    for (int32_t s = 0; s < slots.count; s += kLanes) {
       Float score = load(of + s);
-      if (a.k_scale != nullptr) score *= load(k_scale + s);
+      if (kWhole) score *= load(slots.k_scale + s) * running.unit[r];
       const Int slot = lanes + s;
       score = ((slot >= from) & (slot < to)) ? score : fill(-INFINITY);
       store(of + s, score);
@@ -182,63 +182,67 @@ inline void softmax_few(const Attention& a, int64_t cache_row, const int32_t* po
     }
     const float best = highest(top), base = best == -INFINITY ? 0 : best;
     Float total{};
-    for (int32_t s = 0; s < kSlots; s += kLanes) {
-      Float weight = exp_negative(load(of + s) - base);
+    for (int32_t s = 0; s < slots.count; s += kLanes) {
+      const Float weight = exp_negative(load(of + s) - base);
       total += weight;
-      if (a.v_scale != nullptr) weight *= load(v_scale + s);
-      store(of + s, weight);
+      if (kWhole)
+        store_words(static_cast<int16_t*>(weights) + r * kSlots + s, weight * load(slots.v_scale + s));
+      else
+        store(static_cast<float*>(weights) + r * kSlots + s, weight);
     }
-    y_scale[r] = best == highest_R[r] ? 1.0f : std::exp(highest_R[r] - base);
-    total_R[r] = total_R[r] * y_scale[r] + sum(total);
-    highest_R[r] = best;
+    running.keep[r] = best == before ? 1.0f : std::exp(before - base);
+    running.total[r] = running.total[r] * running.keep[r] + sum(total);
+    running.highest[r] = best;
   }
 }
 
-// Many: scores [kSlots, wide_R].
-inline void softmax_many(const Attention& a, int64_t cache_row, const int32_t* at_R, int64_t wide_R, int64_t first,
-                         int64_t count, float* scores, float* highest_R, float* total_R, float* y_scale) {
-  const float* k_scale = a.k_scale == nullptr ? nullptr : a.k_scale + cache_row * a.S + first;
-  const float* v_scale = a.v_scale == nullptr ? nullptr : a.v_scale + cache_row * a.S + first;
+// The same of scores [kSlots, wide_R] and weights of that shape, or [kSlots / 2, wide_R] of two slots each.
+template <bool kWhole, typename F>
+inline void softmax_many(const Attention& a, const Slots& slots, const int32_t* at_R, int64_t wide_R, float* scores,
+                         F* weights, const Running& running) {
+  const int64_t count = slots.count;
   for (int64_t r = 0; r < wide_R; r += kLanes) {
-    const Int at = load_as<Int>(at_R + r) - static_cast<int32_t>(first);
+    const Int at = load_as<Int>(at_R + r) - static_cast<int32_t>(slots.first);
     const Int back = a.window == 0 ? fill(INT32_MIN) : at - static_cast<int32_t>(a.window);
-    const Float before = load(highest_R + r);
+    const Float before = load(running.highest + r), unit = load(running.unit + r);
     Float top = before;
     for (int32_t s = 0; s < count; ++s) {
       Float score = load(scores + s * wide_R + r);
-      if (k_scale != nullptr) score *= k_scale[s];
+      if (kWhole) score *= unit * slots.k_scale[s];
       score = ((at >= s) & (back < s)) ? score : fill(-INFINITY);
       store(scores + s * wide_R + r, score);
       top = larger(top, score);
     }
     const Float base = top == -INFINITY ? Float{} : top;
     Float total{};
-    for (int32_t s = 0; s < count; ++s) {
+    const auto weigh = [&](int64_t s) {
       const Float weight = exp_negative(load(scores + s * wide_R + r) - base);
       total += weight;
-      store(scores + s * wide_R + r, v_scale == nullptr ? weight : weight * v_scale[s]);
+      return weight;
+    };
+    if constexpr (kWhole) {
+      const auto word = [&](int64_t s) { return s < count ? to_int(weigh(s) * slots.v_scale[s]) : Int{}; };
+      for (int64_t s = 0; s < count; s += 2) {
+        const Int first = word(s);
+        store(weights + s / 2 * wide_R + r, pair(first, word(s + 1)));
+      }
+    } else {
+      for (int64_t s = 0; s < count; ++s) store(weights + s * wide_R + r, weigh(s));
     }
     const Float keep = top == before ? fill(1.0f) : exp_negative(before - base);
-    store(y_scale + r, keep);
-    store(total_R + r, load(total_R + r) * keep + total);
-    store(highest_R + r, top);
+    store(running.keep + r, keep);
+    store(running.total + r, load(running.total + r) * keep + total);
+    store(running.highest + r, top);
   }
-}
-
-// Calls work(std::integral_constant rows, r) for R rows, up to four at once.
-template <typename Work>
-inline void by_few(int64_t R, const Work& work) {
-  int64_t r = 0;
-  for (; r + 4 <= R; r += 4) work(std::integral_constant<int, 4>{}, r);
-  if (R - r == 3) work(std::integral_constant<int, 3>{}, r);
-  if (R - r == 2) work(std::integral_constant<int, 2>{}, r);
-  if (R - r == 1) work(std::integral_constant<int, 1>{}, r);
 }
 
 template <typename T>
 void attend_as(const Attention& a, const Piece& piece, const Piece& next, const Partial& out) {
+  using F = Factor<T>;
+  constexpr bool kWhole = kWords<T>;
   const int64_t G = a.N / a.K, H = a.H, R = piece.count * G;
   const int64_t wide_R = (R + kLanes - 1) / kLanes * kLanes, wide_H = (H + kLanes - 1) / kLanes * kLanes;
+  const int64_t deep_H = kWhole ? (H + 1) / 2 : H;  // factors of a row
   const float* q = a.q + ((piece.b * a.T + piece.t) * a.N + piece.k * G) * H;
   const int64_t cache_row = piece.b * a.K + piece.k;
   const T* k = static_cast<const T*>(a.k) + cache_row * a.S * H;
@@ -248,60 +252,89 @@ void attend_as(const Attention& a, const Piece& piece, const Piece& next, const 
 
   // Few rows: scores [R, slots], each a dot product along H. Many: [slots, R], so that the keys need no transposing.
   const bool few = R < kLanes;
-  thread_local std::vector<float> floats;
-  thread_local std::vector<int32_t> at_R;
-  floats.resize(wide_R * H + 2 * kSlots * wide_H + wide_R * kSlots + wide_R * wide_H + 3 * wide_R);
-  at_R.assign(wide_R, INT32_MIN / 2);
-  float* queries = floats.data();            // [R, H], or [H, wide_R]
-  float* key_room = queries + wide_R * H;    // [kSlots, wide_H]
-  float* value_room = key_room + kSlots * wide_H;
-  float* scores = value_room + kSlots * wide_H;
-  float* y = scores + wide_R * kSlots;  // [R, wide_H]
-  float* highest_R = y + wide_R * wide_H;
-  float* total_R = highest_R + wide_R;
-  float* y_scale = total_R + wide_R;
-  std::fill(highest_R, total_R, -INFINITY);
-  std::fill(total_R, y_scale, 0.0f);
+  thread_local Room<float> floats;
+  thread_local Room<F> factors;
+  thread_local Room<int32_t> places;
+  thread_local Room<int16_t> word_room;
+  const int64_t at_once = few ? kSlotsOfFew<T> : kSlots;
+  F* queries = factors.of(wide_R * (deep_H + at_once) + 2 * at_once * wide_H);  // [R, deep_H], or [deep_H, wide_R]
+  F* key_room = queries + wide_R * deep_H;      // [at_once, deep_H or wide_H]
+  F* value_room = key_room + at_once * wide_H;  // [at_once, wide_H], or [at_once / 2, wide_H] of two each
+  F* weights = value_room + at_once * wide_H;
+  float* scores = floats.of(wide_R * (at_once + wide_H + 4));
+  float* y = scores + wide_R * at_once;  // [R, wide_H]
+  float* const each = y + wide_R * wide_H;
+  const Running running{each, each + wide_R, each + 2 * wide_R, each + 3 * wide_R};
+  int32_t* at_R = places.of(wide_R);
+  std::fill(at_R, at_R + wide_R, INT32_MIN / 2);
+  std::fill(running.highest, running.total, -INFINITY);
+  std::fill(running.total, running.keep, 0.0f);
   std::fill(y, y + R * wide_H, 0.0f);
-  if (!few && wide_R != R) std::fill(queries, key_room, 0.0f);
+  std::fill(queries, key_room, F{});
   for (int64_t r = 0; r < R; ++r) {
+    const float* from = q + (r / G * a.N + r % G) * H;
+    const auto to = [&](int64_t h) -> F& { return queries[few ? r * deep_H + h : h * wide_R + r]; };
     at_R[r] = positions[r / G];
-    for (int64_t h = 0; h < H; ++h)
-      queries[few ? r * H + h : h * wide_R + r] = q[(r / G * a.N + r % G) * H + h] * to_score;
+    if constexpr (kWhole) {
+      int16_t* words = word_room.of(2 * deep_H);
+      words[2 * deep_H - 1] = 0;
+      running.unit[r] = to_score * round_query(from, H, words);
+      for (int64_t h = 0; h < deep_H; ++h) std::memcpy(&to(h), words + 2 * h, sizeof(F));
+    } else {
+      for (int64_t h = 0; h < H; ++h) to(h) = from[h] * to_score;
+    }
   }
 
-  for (int64_t first = piece.first; first < piece.last; first += kSlots) {
-    const int64_t count = std::min<int64_t>(kSlots, piece.last - first);
-    const T *k_here = k + first * H, *v_here = v + first * H;
+  for (int64_t first = piece.first; first < piece.last; first += at_once) {
+    const Slots slots(a, cache_row, first, std::min<int64_t>(at_once, piece.last - first));
+    const T *keys = k + first * H, *values = v + first * H;
+    const int64_t then = first + at_once < piece.last ? cache_row * a.S + first + at_once
+                                                      : (next.b * a.K + next.k) * a.S + next.first;
+    const T* ahead = static_cast<const T*>(a.k) + then * H;
+    if (kWhole) prefetch(a.k_scale + then, at_once), prefetch(a.v_scale + then, at_once);
     if (few) {
       by_few(R, [&](auto rows, int64_t r) {
-        score_few<T, rows>(queries + r * H, k_here, v_here, H, count, scores + r * kSlots);
+        score_few<T, rows>(queries + r * deep_H, keys, values, H, slots.count, scores + r * at_once);
       });
-      softmax_few(a, cache_row, positions, G, R, first, count, scores, highest_R, total_R, y_scale);
+      softmax_few<T>(a, slots, positions, R, scores, kWhole ? static_cast<void*>(weights) : scores, running);
     } else {
-      int64_t row;
-      const float* keys = as_floats(k_here, count, H, wide_H, key_room, &row);
-      std::fill(scores, scores + count * wide_R, 0.0f);
-      multiply(scores, wide_R, keys, row, 1, queries, wide_R, count, wide_R, H);
-      softmax_many(a, cache_row, at_R.data(), wide_R, first, count, scores, highest_R, total_R, y_scale);
+      const auto score = [&](const F* of, int64_t row) {
+        multiply(of, row, 1, Rows<F>{queries, wide_R, nullptr}, slots.count, wide_R, deep_H,
+                 [&](int64_t s, int64_t r, auto sum) { store(scores + s * wide_R + r, to_float(sum)); });
+      };
+      if constexpr (kWhole) {
+        pair_within_rows(keys, slots.count, H, key_room);
+        score(key_room, deep_H);
+        softmax_many<true>(a, slots, at_R, wide_R, scores, weights, running);
+      } else {
+        const Rows<float> as = as_floats(keys, slots.count, H, wide_H, key_room);
+        score(as.values, as.row);
+        softmax_many<false>(a, slots, at_R, wide_R, scores, scores, running);
+      }
     }
-    for (int64_t r = 0; r < R; ++r)
-      if (y_scale[r] != 1.0f)
-        for (int64_t h = 0; h < wide_H; h += kLanes) store(y + r * wide_H + h, load(y + r * wide_H + h) * y_scale[r]);
-    if (few) {
-      const bool last = first + kSlots >= piece.last;
-      const T* next_k = last ? static_cast<const T*>(a.k) + ((next.b * a.K + next.k) * a.S + next.first) * H : k_here + kSlots * H;
-      by_few(R, [&](auto rows, int64_t r) {
-        mix_few<T, rows>(scores + r * kSlots, v_here, next_k, H, count, y + r * wide_H, wide_H);
+    const auto mix = [&](const F* of, int64_t row, int64_t next, const auto& right, int64_t depth) {
+      multiply(of, row, next, right, R, wide_H, depth, [&](int64_t r, int64_t h, auto sum) {
+        float* to = y + r * wide_H + h;
+        store(to, load(to) * running.keep[r] + to_float(sum) * slots.unit);
       });
+    };
+    const bool direct = few && H == wide_H;
+    if constexpr (kWhole) {
+      const int64_t row = few ? at_once / 2 : 1, next = few ? 1 : wide_R, depth = (slots.count + 1) / 2;
+      if (direct)
+        mix(weights, row, next, RowPairs{values, H, slots.count, ahead}, depth);
+      else
+        mix(weights, row, next, pair_rows(values, slots.count, H, wide_H, value_room), depth);
     } else {
-      int64_t row;
-      const float* values = as_floats(v_here, count, H, wide_H, value_room, &row);
-      multiply(y, wide_H, scores, 1, wide_R, values, row, R, wide_H, count);
+      const int64_t row = few ? at_once : 1, next = few ? 1 : wide_R;
+      if (direct)
+        mix(scores, row, next, Rows<T>{values, H, ahead}, slots.count);
+      else
+        mix(scores, row, next, as_floats(values, slots.count, H, wide_H, value_room), slots.count);
     }
   }
   for (int64_t r = 0; r < R; ++r) {
-    out.highest[r] = highest_R[r], out.total[r] = total_R[r];
+    out.highest[r] = running.highest[r], out.total[r] = running.total[r];
     std::memcpy(out.y + r * H, y + r * wide_H, H * sizeof(float));
   }
 }

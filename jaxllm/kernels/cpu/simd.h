@@ -48,6 +48,7 @@ inline V load_as(const T* p) {
 }
 
 inline Float load(const float* p) { return load_as<Float>(p); }
+inline Int load(const int32_t* p) { return load_as<Int>(p); }
 
 inline Float load(const bfloat16* p) {
 #if defined(__AVX512VNNI__)
@@ -75,7 +76,34 @@ inline Int load_int(const int8_t* p) {
 
 inline Float load(const int8_t* p) { return to_float(load_int(p)); }
 
+// Two int8 to each lane, as int16.
+inline Int load_pairs(const int8_t* p) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Int>(_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Int>(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  using Byte = int8_t __attribute__((vector_size(2 * kLanes)));
+  using Word = int16_t __attribute__((vector_size(4 * kLanes)));
+  return reinterpret_cast<Int>(__builtin_convertvector(load_as<Byte>(p), Word));
+#endif
+}
+
+// sum + a's products with b: of lanes that are two int16 each, both of which are added.
+inline Int add_pairs(Int sum, Int a, Int b) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Int>(_mm512_dpwssd_epi32(
+      reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return sum + reinterpret_cast<Int>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  const auto low = [](Int x) { return reinterpret_cast<Int>(reinterpret_cast<Bits>(x) << 16) >> 16; };
+  return sum + low(a) * low(b) + (a >> 16) * (b >> 16);
+#endif
+}
+
 inline void store(float* p, Float x) { std::memcpy(p, &x, sizeof x); }
+inline void store(int32_t* p, Int x) { std::memcpy(p, &x, sizeof x); }
 
 // Integers in [-128, 127] as bytes.
 inline void store_bytes(int8_t* p, Int x) {
@@ -101,6 +129,7 @@ inline unsigned nonzero(Int x) {
 }
 
 using jaxllm::to_float;
+inline Float to_float(Float x) { return x; }
 inline float to_float(float x) { return x; }
 inline float to_float(int8_t x) { return x; }
 // y[at:at + count] of type float or bfloat16, with `add` at the same place, of the same type, unless that is null.
@@ -135,24 +164,6 @@ inline float sum(Float x) {
 
 inline Float larger(Float a, Float b) { return a > b ? a : b; }
 
-// The sums of four vectors, at y[0:4].
-inline void sums_of_four(Float a, Float b, Float c, Float d, float* y) {
-#if defined(__AVX2__)
-#if defined(__AVX512VNNI__)
-  const auto half = [](Float x) {
-    const __m512 whole = reinterpret_cast<__m512>(x);
-    return _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
-  };
-#else
-  const auto half = [](Float x) { return reinterpret_cast<__m256>(x); };
-#endif
-  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
-  _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
-#else
-  y[0] = sum(a), y[1] = sum(b), y[2] = sum(c), y[3] = sum(d);
-#endif
-}
-
 inline int32_t sum(Int x) {
 #if defined(__AVX512VNNI__)
   return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(x));
@@ -162,9 +173,44 @@ inline int32_t sum(Int x) {
   return y;
 }
 
+// The sums of four vectors of floats or integers, at y[0:4].
+template <typename V>
+inline void sums_of_four(V a, V b, V c, V d, float* y) {
+#if defined(__AVX512VNNI__)
+  const auto low = [](V x, V y) { return (V)_mm512_unpacklo_ps((__m512)x, (__m512)y); };
+  const auto high = [](V x, V y) { return (V)_mm512_unpackhi_ps((__m512)x, (__m512)y); };
+  const V ab = low(a, b) + high(a, b), cd = low(c, d) + high(c, d);
+  const V quarters = (V)_mm512_unpacklo_pd((__m512d)ab, (__m512d)cd) + (V)_mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+  const V halves = quarters + (V)_mm512_shuffle_f32x4((__m512)quarters, (__m512)quarters, 0x4E);
+  const V whole = halves + (V)_mm512_shuffle_f32x4((__m512)halves, (__m512)halves, 0xB1);
+  _mm_storeu_ps(y, _mm512_castps512_ps128((__m512)to_float(whole)));
+#elif defined(__AVX2__)
+  const auto low = [](V x, V y) { return (V)_mm256_unpacklo_ps((__m256)x, (__m256)y); };
+  const auto high = [](V x, V y) { return (V)_mm256_unpackhi_ps((__m256)x, (__m256)y); };
+  const V ab = low(a, b) + high(a, b), cd = low(c, d) + high(c, d);
+  const V halves = (V)_mm256_unpacklo_pd((__m256d)ab, (__m256d)cd) + (V)_mm256_unpackhi_pd((__m256d)ab, (__m256d)cd);
+  const V whole = halves + (V)_mm256_permute2f128_ps((__m256)halves, (__m256)halves, 1);
+  _mm_storeu_ps(y, _mm256_castps256_ps128((__m256)to_float(whole)));
+#else
+  y[0] = sum(a), y[1] = sum(b), y[2] = sum(c), y[3] = sum(d);
+#endif
+}
+
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds what is below 2^22 to an integer, ties to even
 
+// Of what is below 2^22 in magnitude.
+inline Int to_int(Float x) { return __builtin_convertvector((x + kMagic) - kMagic, Int); }
+
+inline void store_words(int16_t* p, Float x) {
+  using Word = int16_t __attribute__((vector_size(2 * kLanes)));
+  const Word words = __builtin_convertvector(to_int(x), Word);
+  std::memcpy(p, &words, sizeof words);
+}
+
 inline float highest(Float x) {
+#if defined(__AVX512VNNI__)
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(x));
+#endif
   float y = x[0];
   for (int lane = 1; lane < kLanes; ++lane) y = x[lane] > y ? x[lane] : y;
   return y;
