@@ -17,7 +17,8 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from jaxllm.checkpoint.names import read_json
 from jaxllm.checkpoint.reader import Reader
 from jaxllm.checkpoint.source import open_path
 from jaxllm.checkpoint.tensors import Tensor, code, read_all, write_file
-from jaxllm.compile import DONATING, Lowering, Programs, compile_programs, parse
+from jaxllm.compile import DONATING, Lowering, Programs, compile_programs, parse, prefill_chunks
 from jaxllm.config import ModelConfig
 from jaxllm.generate import Engine, storable
 from jaxllm.kernels import cpu
@@ -94,10 +95,10 @@ def _lowering(spec: Spec, cfg: ModelConfig, params: Params, devices: Sequence[An
     return Lowering(cfg, storable(params, mesh, platform), spec.batch, spec.max_len, mesh, spec.rules, platform)
 
 
-def _environment(lowering: Lowering, devices: Sequence[Any]) -> dict[str, Any]:
+def _environment(lowering: Lowering, machine: Mapping[str, Any]) -> dict[str, Any]:
     """All that must be the same for compiled programs to run. signature: what this jaxllm calls them with."""
     signatures = [str(lowering.signature(*parse(name))) for name in (*lowering.names(), _PROBE)]
-    return executable.environment(devices) | {"signature": _hash("".join(signatures).encode())}
+    return {**machine, "signature": _hash("".join(signatures).encode())}
 
 
 def write(path: Path, spec: Spec, compiled: Mapping[str, Any], devices: Sequence[Any]) -> None:
@@ -114,7 +115,8 @@ def write(path: Path, spec: Spec, compiled: Mapping[str, Any], devices: Sequence
         _write(path / "portable" / _file(name, "jax"), blob)
     used = devices[:1] if spec.mesh is None else devices[: math.prod(spec.mesh.values())]
     assert reader.shapes is not None
-    here = _environment(_lowering(spec, reader.cfg, unflatten(reader.shapes), used), used)
+    lowering = _lowering(spec, reader.cfg, unflatten(reader.shapes), used)
+    here = _environment(lowering, executable.environment(used))
     weights = _write_weights(path) if spec.mesh is None and used[0].platform == "cpu" else None
     parts = {"environment": here, "programs": hashes, "weights": weights}
     manifest = {"version": _VERSION, **dataclasses.asdict(spec), **parts}
@@ -184,25 +186,30 @@ def load_bundle(path: str | Path) -> Engine:
     devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
     if shard.across_hosts(mesh):
         hosts.require_same("the bundle", manifest)
-    reader = open_path(path, origin="")
-    assert reader.shapes is not None
-    lowering = _lowering(spec, reader.cfg, unflatten(reader.shapes), devices)
-    was, here = manifest["environment"], _environment(lowering, devices)
-    if differ := [key for key in {**was, **here} if was.get(key) != here.get(key)]:
-        told = (", ".join(f"{key} {side.get(key)}" for key in differ) for side in (was, here))
-        _log.info("%s was compiled for %s; this is %s: compiling for it", path.name, *told)
-        params = _load(path, spec, mesh)
-        programs = compile_programs(reader.cfg, params, spec.batch, spec.max_len, mesh, rules=spec.rules)
-        probe = lowering.probe(GOLDEN).compile()
-    else:
-        compiled = _executables(path, manifest["programs"], lowering, devices)
-        probe = compiled.pop(_PROBE)
-        programs = Programs.of(compiled, spec.batch, lowering.slots)
-        digest = manifest["weights"]
-        params = _load(path, spec, mesh) if digest is None else _read_weights(path, digest, lowering.params)
-    engine = Engine(reader.cfg, params, programs, reader.tokenizer, spec.max_len, mesh, spec.rules)
-    rows = lowering.signature(*parse(_PROBE))[0][1].shape[0]
-    _check(engine, lambda tokens: np.asarray(probe(params, np.tile(tokens, (rows, 1))))[0], path)
+    was, machine = manifest["environment"], executable.environment(devices)
+    same = all(was.get(key) == machine[key] for key in machine)
+    loads = _loads(path, manifest["programs"], devices) if same else {}
+    with ThreadPoolExecutor(1) as pool:  # what `_check` runs is loaded while all else is read
+        loads |= {name: pool.submit(loads[name]).result for name in _first(loads, spec.max_len)}
+        reader = open_path(path, origin="")
+        assert reader.shapes is not None
+        lowering = _lowering(spec, reader.cfg, unflatten(reader.shapes), devices)
+        here = _environment(lowering, machine)
+        if differ := [key for key in {**was, **here} if was.get(key) != here.get(key)]:
+            told = (", ".join(f"{key} {side.get(key)}" for key in differ) for side in (was, here))
+            _log.info("%s was compiled for %s; this is %s: compiling for it", path.name, *told)
+            params = _load(path, spec, mesh)
+            programs = compile_programs(reader.cfg, params, spec.batch, spec.max_len, mesh, rules=spec.rules)
+            probe = lowering.probe(GOLDEN).compile()
+        else:
+            compiled = _programs(path, loads, lowering, devices)
+            probe = compiled.pop(_PROBE)
+            programs = Programs.of(compiled, spec.batch, lowering.slots)
+            digest = manifest["weights"]
+            params = _load(path, spec, mesh) if digest is None else _read_weights(path, digest, lowering.params)
+        engine = Engine(reader.cfg, params, programs, reader.tokenizer, spec.max_len, mesh, spec.rules)
+        rows = lowering.signature(*parse(_PROBE))[0][1].shape[0]
+        _check(engine, lambda tokens: np.asarray(probe(params, np.tile(tokens, (rows, 1))))[0], path)
     return engine
 
 
@@ -257,29 +264,46 @@ def _read(path: Path) -> tuple[Spec, dict[str, Any]]:
         raise ValueError(f"{path / MANIFEST} is damaged: {type(error).__name__}: {error}. Make it again.") from error
 
 
-def _executables(
-    path: Path, hashes: Mapping[str, str], lowering: Lowering, devices: Sequence[Any]
-) -> dict[str, executable.Program]:
-    """By name. Each is loaded at its first call: long prompts' prefill may never be needed."""
-    if set(hashes) != (names := {*lowering.names(), _PROBE}):
-        raise ValueError(f"{path} has programs {sorted(hashes)}; expected {sorted(names)}. Make it again.")
+def _loads(path: Path, hashes: Mapping[str, str], devices: Sequence[Any]) -> dict[str, Callable[[], Any]]:
+    """What loads each program, by name."""
 
-    def one(name: str) -> executable.Program:
+    def one(name: str) -> Callable[[], Any]:
         file = path / "programs" / _file(name, "bin")
         if not file.is_file() or _hash(file.read_bytes()) != hashes[name]:
             raise ValueError(
                 f"{file} is missing or damaged: its hash is not that in {MANIFEST}. Make the bundle again."
             )
+        return lambda: executable.deserialize(file.read_bytes(), devices)
+
+    return {name: one(name) for name in hashes}
+
+
+def _first(names: Iterable[str], max_len: int) -> list[str]:
+    """Those that `_check` runs, the largest first."""
+    wanted = (_PROBE, "start", f"prefill {prefill_chunks(max_len)[0]}")
+    return sorted(
+        (name for name in names if name in wanted or name.startswith("decode")), key=lambda name: name != _PROBE
+    )
+
+
+def _programs(
+    path: Path, loads: Mapping[str, Callable[[], Any]], lowering: Lowering, devices: Sequence[Any]
+) -> dict[str, executable.Program]:
+    """By name. Each is loaded at its first call: long prompts' prefill may never be needed."""
+    if set(loads) != (names := {*lowering.names(), _PROBE}):
+        raise ValueError(f"{path} has programs {sorted(loads)}; expected {sorted(names)}. Make it again.")
+
+    def one(name: str) -> executable.Program:
         kind, size = parse(name)
         donated = 1 if kind in DONATING else None
 
         @functools.cache
         def program() -> executable.Program:
-            return executable.deserialize(file.read_bytes(), *lowering.signature(kind, size), donated, devices)
+            return executable.callable_program(loads[name](), *lowering.signature(kind, size), donated, devices)
 
         return lambda *args: program()(*args)
 
-    return {name: one(name) for name in hashes}
+    return {name: one(name) for name in loads}
 
 
 def _check(engine: Engine, probe: Callable[[np.ndarray], np.ndarray], path: Path) -> None:

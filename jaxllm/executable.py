@@ -23,20 +23,31 @@ def serialize(compiled: Any) -> bytes:
     return compiled.runtime_executable().serialize()
 
 
-def deserialize(blob: bytes, arguments: Any, results: Any, donated: int | None, devices: Sequence[Any]) -> Program:
-    """What `serialize` was given, ready to be called, on the devices that it was compiled for.
+def deserialize(blob: bytes, devices: Sequence[Any]) -> Any:
+    """What `serialize` was given, on the devices that it was compiled for; Python's lock is free meanwhile.
+
+    The bytes are machine code, and are trusted: they must be known to come from somebody who is. On a CPU,
+    `environment` has been called before: it loads the kernels that the code may refer to.
+    """
+    return devices[0].client.deserialize_executable(blob, executable_devices=_device_list(devices))
+
+
+def _device_list(devices: Sequence[Any]) -> Any:
+    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
+
+    return xla_client.DeviceList(tuple(devices))
+
+
+def callable_program(loaded: Any, arguments: Any, results: Any, donated: int | None, devices: Sequence[Any]) -> Program:
+    """What `deserialize` gave, ready to be called.
 
     arguments, results: shapes and shardings, as of `Lowering.signature`. donated: which argument is.
-    The bytes are machine code, and are trusted: they must be known to come from somebody who is.
     """
     # jax reads and writes executables with pickle only. What it makes of one is the same object in the releases that
     # are supported (0.10 to 0.12), and bundles of other releases are refused.
     from jax._src import core, stages
     from jax._src.interpreters import pxla
-    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
 
-    here = xla_client.DeviceList(tuple(devices))
-    client = devices[0].client
     donations = jax.tree.map(lambda _: False, arguments)
     if donated is not None:
         donations = (
@@ -52,10 +63,10 @@ def deserialize(blob: bytes, arguments: Any, results: Any, donated: int | None, 
         return leaf.sharding or SingleDeviceSharding(devices[0])
 
     taken, given = jax.tree.leaves(arguments), jax.tree.leaves(results)
-    loaded = pxla.UnloadedMeshExecutable(
-        xla_executable=client.deserialize_executable(blob, executable_devices=here),
-        device_list=here,
-        backend=client,
+    program = pxla.UnloadedMeshExecutable(
+        xla_executable=loaded,
+        device_list=_device_list(devices),
+        backend=devices[0].client,
         input_avals=[abstract(leaf) for leaf in taken],
         input_shardings=[where(leaf) for leaf in taken],
         output_avals=[abstract(leaf) for leaf in given],
@@ -75,7 +86,7 @@ def deserialize(blob: bytes, arguments: Any, results: Any, donated: int | None, 
         pgle_profiler=None,
     ).load()
     info = jax.tree.map(lambda leaf, gone: stages.ArgInfo(abstract(leaf), gone), arguments, donations)
-    return stages.Compiled(loaded, [], (info, {}), jax.tree.structure(results), no_kwargs=True)
+    return stages.Compiled(program, [], (info, {}), jax.tree.structure(results), no_kwargs=True)
 
 
 def environment(devices: Sequence[Any]) -> dict[str, Any]:

@@ -152,15 +152,15 @@ def test_other_logits_than_the_golden_are_refused(copy):
 
 def test_a_decode_that_computes_something_else_is_refused(copy, monkeypatch):
     """As of a compiler that gets one program wrong, and the others right."""
-    good = executable.deserialize
+    good = executable.callable_program
 
-    def wrong(blob, arguments, results, donated, devices):
-        program = good(blob, arguments, results, donated, devices)
+    def wrong(loaded, arguments, results, donated, devices):
+        program = good(loaded, arguments, results, donated, devices)
         if isinstance(results, tuple) and results[1].ndim == 2:
             return lambda *args: (lambda state, tokens: (state, (tokens + 1) % TINY.vocab_size))(*program(*args))
         return program
 
-    monkeypatch.setattr(executable, "deserialize", wrong)
+    monkeypatch.setattr(executable, "callable_program", wrong)
     with pytest.raises(ValueError, match="greedy token"):
         bundle.load_bundle(copy)
 
