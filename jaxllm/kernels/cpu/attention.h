@@ -138,9 +138,10 @@ struct Slots {
   Slots(const Attention& a, int64_t cache_row, int64_t first, int64_t count) : first(first), count(count), unit(1) {
     if (a.k_scale == nullptr) return;
     const int64_t at = cache_row * a.S + first;
-    std::memcpy(k_scale, a.k_scale + at, count * sizeof(float)), std::memcpy(v_scale, a.v_scale + at, count * sizeof(float));
+    std::memcpy(k_scale, a.k_scale + at, count * sizeof(float));
+    std::memcpy(v_scale, a.v_scale + at, count * sizeof(float));
     for (int64_t s = count; s % kLanes != 0; ++s) k_scale[s] = v_scale[s] = 0;
-    Float most = fill(std::numeric_limits<float>::min()), wrong{};
+    Float most = fill(1e-30f), wrong{};  // in units of which all is finite
     for (int64_t s = 0; s < count; s += kLanes) {
       const Float scale = load(v_scale + s);
       most = larger(scale, most), wrong += scale - scale;

@@ -11,7 +11,9 @@
 namespace jaxllm {
 namespace JAXLLM_ISA {
 
-inline int32_t pair(int low, int high) { return (low & 0xFFFF) | static_cast<int32_t>(static_cast<uint32_t>(high) << 16); }
+inline int32_t pair(int low, int high) {
+  return static_cast<int32_t>((static_cast<uint32_t>(low) & 0xFFFF) | static_cast<uint32_t>(high) << 16);
+}
 inline Int pair(Int low, Int high) { return (low & 0xFFFF) | reinterpret_cast<Int>(reinterpret_cast<Bits>(high) << 16); }
 
 inline void add_product(Float& sum, Float a, Float b) { sum += a * b; }
@@ -58,7 +60,9 @@ struct RowPairs {
     return pair(load_int(values + 2 * i * row + column), load_int(second));
   }
   void ask(int64_t i, int64_t column, int64_t count) const {
-    if (ahead != nullptr) prefetch(ahead + 2 * i * row + column, count), prefetch(ahead + (2 * i + 1) * row + column, count);
+    if (ahead == nullptr) return;
+    prefetch(ahead + 2 * i * row + column, count);
+    prefetch(ahead + (2 * i + 1) * row + column, count);
   }
 };
 
