@@ -185,7 +185,8 @@ ffi::Error matmul(ffi::RemainingArgs args, std::string_view before, float eps, b
   const auto prepare = [&, all = activations.data(), pairs = pairs.data()](int64_t block) {
     thread_local std::vector<float> room;
     const int64_t first = block * kTogether, last = std::min(first + kTogether, a.M);
-    float* const made = dense ? all + first * a.K : (room.resize(kTogether * a.K), room.data());
+    if (!as_is && !dense) room.resize(kTogether * a.K);
+    float* const made = as_is ? nullptr : dense ? all + first * a.K : room.data();
     const float* const x = as_is ? a.x + first * a.K : made;
     for (int64_t m = first; m < last; ++m) {
       if (!as_is) kernels().activate(in, m, a.K, made + (m - first) * a.K);
