@@ -232,7 +232,7 @@ def einsums(
 
         return each
 
-    here = {"cpu": plain(contract_cpu), "tpu": plain(_contract_tpu)}
+    here = {"cpu": plain(contract_cpu), "tpu": plain(_contract_filled), "cuda": plain(contract_gpu)}
     if isinstance(weights[0], Fast):
         here[weights[0].platform] = functools.partial(weights[0].contract, contracted, out=out)
     return lax.platform_dependent(x, leaves, add, default=plain(_contract), **here)
@@ -289,14 +289,26 @@ def _contract(contracted: int, x: jax.Array, w: Prepared, out: DTypeLike = jnp.f
     return shift(y_MN, x_MK, flat).reshape(*batch, *kept)
 
 
-def _contract_tpu(contracted: int, x: jax.Array, w: Prepared, out: DTypeLike) -> jax.Array:
-    """The same; with few rows XLA would multiply and add on the vector unit."""
+def _contract_filled(contracted: int, x: jax.Array, w: Prepared, out: DTypeLike) -> jax.Array:
+    """The same; with few rows XLA would leave the matmul units, which are faster, to others."""
     last = x.ndim - contracted - 1
     y = _contract(contracted, _fill(x, last), w, out)
     return lax.slice_in_dim(y, 0, x.shape[last], axis=last)
 
 
-_TPU_ROWS = 8
+def contract_gpu(contracted: int, x: jax.Array, w: Prepared, out: DTypeLike) -> jax.Array:
+    """As `_contract`, of what XLA on GPU does well: of one row of float weights, a sum of products, in float32."""
+    if isinstance(w, QArray | Packed):
+        return _contract_filled(contracted, x, w, out)
+    batch, kept = x.shape[: x.ndim - contracted], w.shape[: w.ndim - contracted]
+    if math.prod(batch) != 1:
+        return _contract(contracted, x, w, out)
+    x_1K = x.reshape(*(1,) * len(kept), *w.shape[len(kept) :])
+    products = w.astype(jnp.float32) * x_1K.astype(jnp.float32)
+    return jnp.sum(products, axis=tuple(range(len(kept), w.ndim))).reshape(*batch, *kept)
+
+
+_MATMUL_ROWS = 8
 
 
 def _fill(x: jax.Array, last: int) -> jax.Array:
@@ -304,9 +316,9 @@ def _fill(x: jax.Array, last: int) -> jax.Array:
 
     The last of them: it is tokens, while those of the batch may lie on several devices.
     """
-    if not 0 < math.prod(x.shape[: last + 1]) < _TPU_ROWS:
+    if not 0 < math.prod(x.shape[: last + 1]) < _MATMUL_ROWS:
         return x
-    return jnp.pad(x, [(0, _TPU_ROWS - size if axis == last else 0) for axis, size in enumerate(x.shape)])
+    return jnp.pad(x, [(0, _MATMUL_ROWS - size if axis == last else 0) for axis, size in enumerate(x.shape)])
 
 
 def as_matrix(w: QArray) -> QArray:

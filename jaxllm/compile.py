@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
@@ -21,13 +22,13 @@ from jaxllm.activations import Activations
 from jaxllm.cache import Entries, LayerCache, init_cache
 from jaxllm.config import ModelConfig
 from jaxllm.hub import cache_dir
-from jaxllm.kernels import cpu
+from jaxllm.kernels import cpu, gpu
 from jaxllm.models.decoder import Decoder, Write, residual_axes
 from jaxllm.params import Params
-from jaxllm.sample import Sampling, as_arrays, likeliest
+from jaxllm.sample import Sampling, SamplingArrays, as_arrays, likeliest, likeliest_only
 
 CHUNKS = (16, 64, 256)  # tokens of a prompt that one prefill call takes; the smallest that fits is used
-DONATING = ("prefill", "decode", "step")  # programs that are given the state, their second argument
+DONATING = ("prefill", "decode", "greedy", "step")  # programs that are given the state, their second argument
 STEPS = 8  # tokens that one decode call yields, at most
 
 # A weight is fetched onto the chip in one piece: with each of several pieces comes a table of 16 KiB in memory, which
@@ -75,7 +76,23 @@ class Programs:
         each = {name: parse(name) for name in compiled}
         prefill = {size: compiled[name] for name, (kind, size) in each.items() if kind == "prefill"}
         decode = next(compiled[name] for name, (kind, _) in each.items() if kind == "decode")
+        for name, (kind, size) in each.items():
+            if kind == "greedy":
+                decode = functools.partial(_decode, compiled[name], size, decode)
         return cls(batch, slots, compiled["start"], prefill, decode)
+
+
+def _decode(
+    greedy: Callable[..., Any],
+    steps: int,
+    decode: Callable[..., Any],
+    params: Params,
+    state: Any,
+    limit: np.int32,
+    how: SamplingArrays,
+) -> Any:
+    """By the faster program, where it does the same."""
+    return (greedy if limit >= steps and likeliest_only(how) else decode)(params, state, limit, how)
 
 
 def parse(name: str) -> tuple[str, int]:
@@ -179,6 +196,7 @@ class Lowering:
         self._sharded = sharded = _Shardings(cfg, mesh, rules)
         platform = platform or jax.default_backend()
         native = platform == "cpu" and mesh is None and cpu.library() is not None
+        self._on_gpu = on_gpu = platform == "gpu" and mesh is None and gpu.runs(jax.devices()[0])
         split = platform == "cpu" and not native
         make_state = programs.start if part.predicts else init_cache
         self._make_state = functools.partial(make_state, cfg, batch, self.slots, split)
@@ -189,11 +207,15 @@ class Lowering:
             decoder, choose_token = Decoder(cfg, sharded.constrain, sharded.write(write)), sharded.likeliest
         elif native:
             decoder, choose_token = Decoder(cfg, attend=cpu.attend), cpu.likeliest
+        elif on_gpu:
+            from jaxllm.kernels.gpu import attention  # with Pallas, whose import others need not wait for
+
+            decoder, choose_token = Decoder(cfg, attend=attention.attend), likeliest
         else:
             decoder, choose_token = Decoder(cfg, write=write), likeliest
-        chooses = native or platform != "cpu"
+        chooses = native or on_gpu or platform == "tpu"
         fast = kernels.choose(self.params, platform, shard.axes_of(rules["batch"])) if chooses else {}
-        self._model = programs.Model(decoder, fast, platform, choose_token)
+        self._model = programs.Model(decoder, fast, "cuda" if on_gpu else platform, choose_token)
         self._probes = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in shard.axes_of(rules["batch"]))
 
     def serving(self, steps: int = STEPS) -> dict[str, Any]:
@@ -201,7 +223,8 @@ class Lowering:
         return {name: self._lower(*parse(name)) for name in self.names(steps)}
 
     def names(self, steps: int = STEPS) -> list[str]:
-        return ["start", f"decode {steps}", *(f"prefill {chunk}" for chunk in self.chunks)]
+        greedy = [f"greedy {steps}"] if self._on_gpu else []
+        return ["start", f"decode {steps}", *greedy, *(f"prefill {chunk}" for chunk in self.chunks)]
 
     def start(self) -> Any:
         return self._lower("start")
@@ -228,6 +251,7 @@ class Lowering:
             "start": self._make_state,
             "prefill": functools.partial(programs.prefill, self._model),
             "decode": functools.partial(programs.decode, self._model, size),
+            "greedy": functools.partial(programs.greedy, self._model, size),
             "step": functools.partial(programs.step, self._model),
             "probe": functools.partial(programs.probe, self._model),
         }[kind]
@@ -253,6 +277,7 @@ class Lowering:
             "start": ((), self.state),
             "prefill": ((self.params, self.state, tokens, number, row, row, how, *before), (self.state, new_B)),
             "decode": ((self.params, self.state, number, how), (self.state, new_BN)),
+            "greedy": ((self.params, self.state, number, how), (self.state, new_BN)),
             "step": ((self.params, self.state, how, *before), (self.state, new_B)),
         }[kind]
 

@@ -112,13 +112,38 @@ def decode(
     return state, out_BN
 
 
-def step(
-    model: Model, params: Params, state: State, how: SamplingArrays, x_B1D: jax.Array | None = None
+def greedy(
+    model: Model, steps: int, params: Params, state: State, limit: jax.Array, how: SamplingArrays
 ) -> tuple[State, jax.Array]:
-    """The next token of each row; -1 where the row has ended."""
+    """What `decode` does where `how` asks for the likeliest tokens and no limit is near.
+
+    How the loop goes on is known in advance: a GPU stands still whenever the host has to read that.
+    """
+    del limit
+
+    def advance(done: jax.Array, carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        state, token_B = step(model, params, carry[0], how, likeliest_only=True)
+        return state, lax.dynamic_update_slice_in_dim(carry[1], token_B[:, None], done, axis=1)
+
+    out_BN = jnp.full((state.token_B.shape[0], steps), -1, jnp.int32)
+    return lax.fori_loop(0, steps, advance, (state, out_BN))
+
+
+def step(
+    model: Model,
+    params: Params,
+    state: State,
+    how: SamplingArrays,
+    x_B1D: jax.Array | None = None,
+    likeliest_only: bool = False,
+) -> tuple[State, jax.Array]:
+    """The next token of each row; -1 where the row has ended. likeliest_only: as `how` is known to ask for."""
     x = state.token_B[:, None] if x_B1D is None else x_B1D
     logits_B1V, cache = model(params, x, state.position_B[:, None], state.cache)
-    token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how, model.likeliest)
+    if likeliest_only:
+        token_B = model.likeliest(logits_B1V[:, 0])
+    else:
+        token_B = next_token(logits_B1V[:, 0], state.seen_BV, state.row_B, state.position_B + 1, how, model.likeliest)
     # A row that has ended stands still: it writes the same slot again, and nothing reads it.
     token_B = jnp.where(state.done_B, state.token_B, token_B)
     after = State(

@@ -119,7 +119,12 @@ def next_token(
         return jax.lax.cond(how.temperature == 0, likeliest, draw, penalise(logits_BV))
 
     # Greedy, most of the time: one pass over the logits, and no copy.
-    return jax.lax.cond((how.repetition_penalty == 1) & (how.temperature == 0), likeliest, choose, logits_BV)
+    return jax.lax.cond(likeliest_only(how), likeliest, choose, logits_BV)
+
+
+def likeliest_only(how: SamplingArrays) -> Any:
+    """Whether the next token is the likeliest, with nothing changed before: bool []."""
+    return (how.repetition_penalty == 1) & (how.temperature == 0)
 
 
 def keep_likely(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:

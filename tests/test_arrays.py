@@ -157,7 +157,7 @@ def test_filled_rows_change_nothing(rows, name):
     w, x = weight((12, 32)), weight((*rows, 32), seed=1)
     if name:
         w = formats.quantize(w, 1, formats.parse(name))
-    y = arrays._contract_tpu(1, x, w, jnp.float32)
+    y = arrays._contract_filled(1, x, w, jnp.float32)
     np.testing.assert_allclose(y, arrays._contract(1, x, w), rtol=1e-5, atol=1e-5)
     ids = jnp.arange(rows[0] * rows[1]).reshape(rows) % 12
     if name != "w8a8":

@@ -25,6 +25,8 @@ def choose(params: Params, platform: str, batch: Sequence[str] = ()) -> dict[str
     """
     if platform == "cpu":
         return _choose_cpu(params)
+    if platform == "gpu":
+        return _choose_gpu(params)
     if platform != "tpu":
         return {}
     from jaxllm.kernels.tpu import weights  # with Pallas, whose import others need not wait for
@@ -40,6 +42,19 @@ def _choose_cpu(params: Params) -> dict[str, Kernel]:
     example = "".join(f" ({path}: {reason})" for path, reason in [*reasons.items()][:1])
     _log.info("CPU kernels contract %d weights, XLA %d%s", len(matrices) - len(reasons), len(reasons), example)
     return {path: cpu.contract for path in matrices if path not in reasons}
+
+
+def _choose_gpu(params: Params) -> dict[str, Kernel]:
+    """For one device."""
+    from jaxllm.kernels.gpu import int8_matvec
+
+    quantised = {path: w for path, w in flatten(params).items() if isinstance(w, QArray)}
+    reasons = {path: reason for path, w in quantised.items() if (reason := int8_matvec.unfit(w))}
+    if quantised:
+        example = "".join(f" ({path}: {reason})" for path, reason in [*reasons.items()][:1])
+        taken = len(quantised) - len(reasons)
+        _log.info("quantised weights: the GPU kernel contracts %d, XLA %d%s", taken, len(reasons), example)
+    return {path: int8_matvec.contract for path in quantised if path not in reasons}
 
 
 def prepare(params: Params, platform: str) -> Params:

@@ -28,8 +28,9 @@ from jaxllm.models.layers import (
 
 Constrain = Callable[..., Any]  # (activations, their logical axes …) -> the same, where the mesh wants them
 Write = Callable[..., LayerCache]  # as kv.write
-# (cache, q, k, v, positions, rope's angles, window) -> (y, cache), q and k not being rotated yet
-Attend = Callable[..., tuple[jax.Array, LayerCache]]
+# (cache, q, k, v, positions, rope's angles, window) -> (y, cache), q and k not being rotated yet; None of what it does
+# not take
+Attend = Callable[..., tuple[jax.Array, LayerCache] | None]
 
 
 def _anywhere(x: Any, *axes: str | None) -> Any:
@@ -66,12 +67,13 @@ class Attention(nn.Module):
             q_BTNH = RMSNorm("head_dim", c.norm_eps, c.dtype, name="q_norm")(q_BTNH).value()
             k_BTKH = RMSNorm("head_dim", c.norm_eps, c.dtype, name="k_norm")(k_BTKH).value()
         angles_BTh = rope_angles(positions_BT, rope_frequencies(H, c.rope_theta, c.rope_scaling))
+        attended = None
         if cache is not None and self.attend is not None:
-            y_BTNH, cache = self.attend(cache, q_BTNH, k_BTKH, v_BTKH, positions_BT, angles_BTh, c.sliding_window)
-        else:
-            y_BTNH, cache = self._attend(
-                rope(q_BTNH, angles_BTh), rope(k_BTKH, angles_BTh), v_BTKH, positions_BT, cache
-            )
+            attended = self.attend(cache, q_BTNH, k_BTKH, v_BTKH, positions_BT, angles_BTh, c.sliding_window)
+        if attended is None:
+            q_BTNH, k_BTKH = rope(q_BTNH, angles_BTh), rope(k_BTKH, angles_BTh)
+            attended = self._attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, cache)
+        y_BTNH, cache = attended
         o_axes = ("embed", "heads", "head_dim")
         return Einsum("BTNH,DNH->BTD", (D, N, H), o_axes, c.dtype, name="o")(y_BTNH, add=x_BTD), cache
 
