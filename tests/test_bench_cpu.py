@@ -1,4 +1,4 @@
-"""recipes/bench_cpu.py: its arithmetic, and its processes with engines that answer at once, fail or die."""
+"""The benchmarks' recipes: their arithmetic, and their processes with engines that answer at once, fail or die."""
 
 import dataclasses
 import importlib.metadata
@@ -15,6 +15,7 @@ from .conftest import TINY
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
 
+import bench_gpu  # noqa: E402
 from engines import rounds, summary  # noqa: E402
 from engines.driver import Worker, WorkerError  # noqa: E402
 from engines.rounds import Plan, Spec  # noqa: E402
@@ -176,3 +177,48 @@ def test_ours_answers_through_the_protocol(tmp_path: Path) -> None:
     assert seconds > 0
     expected = jaxllm.compile(lm, batch=2, max_len=32).generate(prompts, max_new_tokens=12, stop_tokens=())
     assert tokens == expected[0].tokens
+
+
+# A step takes 20, 10 and 40 ms; int8 has no memory for two rows.
+FAKE_GPU = """
+class Engine:
+    def __init__(self, folder, variant, threads):
+        self.kind = variant.split()[1]
+    def open(self, batch, max_len):
+        if self.kind == "int8" and batch > 1:
+            raise ValueError("no memory")
+        return {} if self.kind == "peer" else {"step_bytes": 10**9, "device": "a card"}
+    def decode(self, prompts, new_tokens):
+        return {"bf16": 0.02, "int8": 0.01, "peer": 0.04}[self.kind] * (new_tokens - 1), list(range(new_tokens))
+    def read(self):
+        return 100.0
+"""
+
+
+def test_on_a_gpu_engines_are_compared_with_the_card_and_with_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fake_gpu.py").write_text(FAKE_GPU)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    kinds = {"ours bfloat16": "bf16", "ours int8": "int8", "transformers bfloat16": "peer"}
+    monkeypatch.setattr(bench_gpu, "ENGINES", {name: ("fake_gpu", kind) for name, kind in kinds.items()})
+    monkeypatch.setattr(bench_gpu.shutil, "which", lambda name: name)
+    monkeypatch.setattr(
+        sys, "argv", ["bench_gpu", "--models", "llama-3-8b", "--batches", "1,2", "--rounds", "2", "--new-tokens", "5"]
+    )
+    bench_gpu.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    measured = {(one["engine"], one["batch"]): one for one in result["measured"]}
+    assert (result["device"], result["read_gb_s"], len(measured)) == ("a card", 100, 6)
+    ours, int8 = measured["ours bfloat16", 2], measured["ours int8", 1]
+    assert (ours["ms"], ours["tokens_per_s"]) == pytest.approx((20, 100))
+    assert (ours["of_the_card"], ours["over transformers bfloat16"]) == pytest.approx((0.5, 2))
+    assert (int8["of_the_card"], int8["over ours bfloat16"]) == pytest.approx((1, 2))
+    assert "no memory" in measured["ours int8", 2]["reason"]
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_gpu.shutil, "which", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["bench_gpu"])
+    with pytest.raises(SystemExit, match="nvidia-smi was not found"):
+        bench_gpu.main()

@@ -32,12 +32,15 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """An engine's process. Between its calls it is stopped, so that threads that spin cost the others nothing."""
+    """An engine's process. Between its calls it is stopped, so that threads that spin cost the others nothing.
 
-    def __init__(self, module: str, variant: str, folder: Path, threads: int, log: Path):
+    platform: jax's.
+    """
+
+    def __init__(self, module: str, variant: str, folder: Path, threads: int, log: Path, platform: str = "cpu"):
         self.log, self.peak_mb = log, 0.0
         paths = os.pathsep.join([str(RECIPES), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-        settings = {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+        settings = {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": platform, "HF_HUB_OFFLINE": "1"}
         env = os.environ | settings | {"PYTHONPATH": paths}
         argv = [sys.executable, "-m", "engines.worker", module, variant, str(folder), str(threads)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

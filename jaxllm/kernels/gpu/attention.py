@@ -82,7 +82,7 @@ def _attend(
     K, slots = entries[0].shape[1:3]
     arguments = position_B, q_BNH, k_BKH, v_BKH, cos_Bh, sin_Bh
     sums = jax.ShapeDtypeStruct((B, K, splits, _ROWS), jnp.float32)
-    *entries, y_BKPGH, highest_BKPG, total_BKPG = pl.pallas_call(
+    *written, y_BKPGH, highest_BKPG, total_BKPG = pl.pallas_call(
         functools.partial(_kernel, slots // splits, block, window),
         grid=(B, K, splits),
         out_shape=[
@@ -102,7 +102,7 @@ def _attend(
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         name="join",
     )(y_BKPGH, highest_BKPG, total_BKPG)
-    return [y_BNH, *entries]
+    return [y_BNH, *written]
 
 
 def _kernel(
@@ -135,8 +135,8 @@ def _kernel(
 
     cos, sin = cos_ref[b, :], sin_ref[b, :]
     rows = head * groups + jnp.minimum(jnp.arange(_ROWS), groups - 1)
-    q = _turn(*(q_ref[b, rows, half] for half in halves), cos[None], sin[None])
-    k, v = _turn(*(k_ref[b, head, half] for half in halves), cos, sin), [v_ref[b, head, :]]
+    q = _turn([q_ref[b, rows, half] for half in halves], cos[None], sin[None])
+    k, v = _turn([k_ref[b, head, half] for half in halves], cos, sin), [v_ref[b, head, :]]
     k_scale = v_scale = jnp.float32(1)
     if rounded:
         (k, k_scale), (v, v_scale) = _round(k), _round(v)
@@ -190,10 +190,10 @@ def _join(y_ref: Any, highest_ref: Any, total_ref: Any, joined_ref: Any) -> None
     joined_ref[b, head * pl.num_programs(2) + g, :] = y_H.astype(joined_ref.dtype)
 
 
-def _turn(a: jax.Array, b: jax.Array, cos: jax.Array, sin: jax.Array) -> list[jax.Array]:
-    """As `layers.rope`, of the two halves."""
-    a32, b32 = _32(a), _32(b)
-    return [(a32 * cos - b32 * sin).astype(a.dtype), (b32 * cos + a32 * sin).astype(a.dtype)]
+def _turn(halves: list[jax.Array], cos: jax.Array, sin: jax.Array) -> list[jax.Array]:
+    """As `layers.rope`."""
+    a, b = (_32(half) for half in halves)
+    return [half.astype(halves[0].dtype) for half in (a * cos - b * sin, b * cos + a * sin)]
 
 
 def _round(parts: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
