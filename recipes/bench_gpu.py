@@ -8,6 +8,9 @@ ms: of a step. Of the card: what a step has to read, weights and the whole cache
 at which the card reads memory, measured in the same run. An engine that is not installed, fails or is not ready in time
 is left out, with the reason.
 
+Expected (one NVIDIA H200, jax 0.11.2, torch 2.11, transformers 5.17, 2026-11-27), tokens/s in bfloat16, in int8 and of
+transformers: Llama 3 8B's shapes 249, 373 and 188 at batch 1, 5949, 7194 and 3972 at batch 32; SmolLM2-135M's 1585,
+1116 and 748, and 38465, 33594 and 17408. Batches 8 and 128 were not measured.
 Run: pip install -e '.[cuda]' torch transformers && python recipes/bench_gpu.py [--models llama-3-8b] [--batches 1,32]
 """
 

@@ -217,6 +217,8 @@ def test_only_one_nvidia_gpu_has_the_kernels(monkeypatch, tiny):
     assert gpu.runs(Device("PJRT C API\ncuda 13000", "9.0"))
     assert not gpu.runs(Device("PJRT C API\ncuda 13000", "7.5"))
     assert not gpu.runs(Device("PJRT C API\nrocm 70000", "gfx942"))
+    monkeypatch.setenv("JAXLLM_GPU_KERNELS", "0")
+    assert not gpu.runs(Device("PJRT C API\ncuda 13000", "9.0"))
 
     for runs in (True, False):
         monkeypatch.setattr(gpu, "runs", lambda _, runs=runs: runs)
