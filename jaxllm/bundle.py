@@ -282,7 +282,8 @@ def _first(names: Iterable[str], max_len: int) -> list[str]:
     """Those that `_check` runs, the largest first."""
     wanted = (_PROBE, "start", f"prefill {prefill_chunks(max_len)[0]}")
     return sorted(
-        (name for name in names if name in wanted or name.startswith("decode")), key=lambda name: name != _PROBE
+        (name for name in names if name in wanted or name.startswith(("decode", "greedy"))),
+        key=lambda name: name != _PROBE,
     )
 
 

@@ -104,8 +104,8 @@ def read_bandwidth(megabytes: int | None = None) -> float:
     megabytes: read each time; by default more than any cache holds. Takes about a second on a CPU.
     """
     on_cpu = jax.default_backend() == "cpu"
-    megabytes = megabytes or (512 if on_cpu else 4096)
-    calls = 1 if on_cpu else 8  # an accelerator starts the next while it works, and the host's part is not counted
+    megabytes = megabytes or (512 if on_cpu else 1024)
+    calls = 1 if on_cpu else 16  # an accelerator starts the next while it works, and the host's part is not counted
     rows = megabytes * 1024 * 1024 // 4 // 4096
     x = jax.jit(lambda: jnp.ones((rows, 4096), jnp.float32))()
     v = jnp.ones(4096, jnp.float32)

@@ -397,7 +397,7 @@ def test_sanitizers_find_nothing(tmp_path):
     flags = "-fsanitize=address,undefined -fno-sanitize-recover=all"
     settings = ["-DCMAKE_CXX_COMPILER=g++", f"-DCMAKE_CXX_FLAGS={flags}", f"-DPython_EXECUTABLE={sys.executable}"]
     subprocess.run(["cmake", "-S", source, "-B", tmp_path, *settings], check=True)
-    subprocess.run(["cmake", "--build", tmp_path], check=True)
+    subprocess.run(["cmake", "--build", tmp_path, "--parallel", "2"], check=True)
     runtimes = (
         subprocess.check_output([compiler, f"-print-file-name=lib{name}.so"], text=True).strip()
         for name in ("asan", "ubsan")
