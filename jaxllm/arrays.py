@@ -297,12 +297,13 @@ def _contract_filled(contracted: int, x: jax.Array, w: Prepared, out: DTypeLike)
 
 
 def contract_gpu(contracted: int, x: jax.Array, w: Prepared, out: DTypeLike) -> jax.Array:
-    """As `_contract`, of what XLA on GPU does well: of one row of float weights, a sum of products, in float32."""
-    if isinstance(w, QArray | Packed):
-        return _contract_filled(contracted, x, w, out)
-    batch, kept = x.shape[: x.ndim - contracted], w.shape[: w.ndim - contracted]
-    if math.prod(batch) != 1:
+    """As `_contract`, of what XLA on GPU does well: of one row of float weights, a sum of products, in float32; of int8
+    with a scale a channel, more rows, for without tensor cores each value is made float for a single product."""
+    batch, kept = x.shape[: x.ndim - contracted], w.shape[: len(w.shape) - contracted]
+    if math.prod(batch) != 1 or isinstance(w, Packed):
         return _contract(contracted, x, w, out)
+    if isinstance(w, QArray):
+        return (_contract_filled if w.groups == 1 else _contract)(contracted, x, w, out)
     x_1K = x.reshape(*(1,) * len(kept), *w.shape[len(kept) :])
     products = w.astype(jnp.float32) * x_1K.astype(jnp.float32)
     return jnp.sum(products, axis=tuple(range(len(kept), w.ndim))).reshape(*batch, *kept)

@@ -88,6 +88,17 @@ def test_the_int8_kernel_contracts_heads_and_adds(interpreted):
     np.testing.assert_allclose(y, twin, atol=1e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", [None, "int8", "int8-affine", "int4-g32", "fp8", "w8a8"])
+def test_what_xla_does_on_a_gpu_is_what_it_does_elsewhere(name, rows):
+    w = normal((8, 4, 16)) if name is None else quantised((8, 4, 16), 2, name)
+    x = normal((rows, 1, 4, 16), 1)
+    twin = arrays._contract(2, x, w)
+    y = arrays.contract_gpu(2, x, w, jnp.float32)
+    assert (y.shape, y.dtype) == (twin.shape, twin.dtype)
+    np.testing.assert_allclose(y, twin, atol=1e-5 * float(jnp.std(twin)) + 1e-6)
+
+
 def test_several_rows_are_the_twins(interpreted):
     w, x = quantised((64, 64)), normal((2, 1, 64), 1)
     (y,) = int8_matvec.contract(1, x, [w], None, jnp.float32)
