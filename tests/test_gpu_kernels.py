@@ -35,9 +35,9 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(int8_matvec, "dot4", dot4)
     # Of a plain number as an index of a store, the interpreter asks a shape that it has not.
     monkeypatch.setattr(literals.TypedInt, "shape", (), raising=False)
-    jax.clear_caches()  # of what was traced as a kernel
+    attention._attend.clear_cache()  # of what was traced as a kernel
     yield
-    jax.clear_caches()
+    attention._attend.clear_cache()
 
 
 def normal(shape, seed=0, dtype=jnp.float32):
