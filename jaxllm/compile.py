@@ -219,7 +219,7 @@ class Lowering:
         self._probes = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in shard.axes_of(rules["batch"]))
 
     def serving(self, steps: int = STEPS) -> dict[str, Any]:
-        """What generation needs, by name: "start", "prefill 16", …, "decode 8"; with a GPU's kernels "greedy 8" as well."""
+        """What generation needs, by name: "start", "prefill 16", …, "decode 8"; with a GPU's kernels "greedy 8"."""
         return {name: self._lower(*parse(name)) for name in self.names(steps)}
 
     def names(self, steps: int = STEPS) -> list[str]:
