@@ -58,6 +58,8 @@ def arguments() -> argparse.Namespace:
     args.models, args.engines = args.models.split(","), tuple(args.engines.split(","))
     if unknown := [name for name in args.models if name not in SHAPES]:
         parser.error(f"no shape is named {unknown[0]!r}; there are {', '.join(SHAPES)}")
+    if unknown := [part for part in args.engines if not any(name.startswith(part) for name in ENGINES)]:
+        parser.error(f"no engine is named {unknown[0]!r}; there are {', '.join(ENGINES)}")
     if min(args.batches) < 1 or args.new_tokens < 2 or args.rounds < 1:
         parser.error("--batches and --rounds are at least 1, --new-tokens at least 2")
     return args

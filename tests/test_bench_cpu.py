@@ -222,3 +222,12 @@ def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "argv", ["bench_gpu"])
     with pytest.raises(SystemExit, match="nvidia-smi was not found"):
         bench_gpu.main()
+
+
+def test_an_engine_for_a_gpu_that_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_gpu", "--engines", "ours,vllm"])
+    with pytest.raises(SystemExit):
+        bench_gpu.main()
+    assert "no engine is named 'vllm'; there are ours bfloat16" in capsys.readouterr().err
