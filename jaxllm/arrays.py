@@ -300,13 +300,30 @@ def contract_gpu(contracted: int, x: jax.Array, w: Prepared, out: DTypeLike) -> 
     """As `_contract`, of what XLA on GPU does well: of one row of float weights, a sum of products, in float32; of int8
     with a scale a channel, more rows, for without tensor cores each value is made float for a single product."""
     batch, kept = x.shape[: x.ndim - contracted], w.shape[: len(w.shape) - contracted]
-    if math.prod(batch) != 1 or isinstance(w, Packed):
+    rows = math.prod(batch)
+    if _split_on_gpu(rows, w):
+        assert isinstance(w, QArray)
+        x_MK, flat = x.reshape(rows, -1), as_matrix(w)
+        y_MN = _split_dot(x_MK.astype(jnp.float32), flat.values) * _row(flat.scale)
+        return shift(y_MN, x_MK, flat).reshape(*batch, *kept)
+    if rows == 1 and isinstance(w, QArray) and w.groups == 1:
+        return _contract_filled(contracted, x, w, out)
+    if rows != 1 or isinstance(w, Packed | QArray):
         return _contract(contracted, x, w, out)
-    if isinstance(w, QArray):
-        return (_contract_filled if w.groups == 1 else _contract)(contracted, x, w, out)
     x_1K = x.reshape(*(1,) * len(kept), *w.shape[len(kept) :])
     products = w.astype(jnp.float32) * x_1K.astype(jnp.float32)
     return jnp.sum(products, axis=tuple(range(len(kept), w.ndim))).reshape(*batch, *kept)
+
+
+def _split_on_gpu(rows: int, w: Prepared) -> bool:
+    """Whether int8 tensor cores are to take the rows, each as two: with some dozens of rows, and so large a weight,
+    that takes less time than making the weight float, though rounding the rows is two kernels more."""
+    if not isinstance(w, QArray) or w.values.dtype != jnp.int8 or w.groups > 1 or w.int8_inputs:
+        return False
+    return 16 <= rows <= 64 and math.prod(w.shape) >= _SPLIT_SIZE
+
+
+_SPLIT_SIZE = 2**25
 
 
 _MATMUL_ROWS = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,26 +35,23 @@ def choose(params: Params, platform: str, batch: Sequence[str] = ()) -> dict[str
 
 
 def _choose_cpu(params: Params) -> dict[str, Kernel]:
-    if cpu.library() is None:
-        return {}
-    matrices = {path: w for path, w in flatten(params).items() if path.endswith("/w") and len(w.shape) > 1}
-    reasons = {path: reason for path, w in matrices.items() if (reason := cpu.refuses(w))}
-    example = "".join(f" ({path}: {reason})" for path, reason in [*reasons.items()][:1])
-    _log.info("CPU kernels contract %d weights, XLA %d%s", len(matrices) - len(reasons), len(reasons), example)
-    return {path: cpu.contract for path in matrices if path not in reasons}
+    return {} if cpu.library() is None else _choose(params, "CPU", cpu.refuses, cpu.contract)
 
 
 def _choose_gpu(params: Params) -> dict[str, Kernel]:
     """For one device."""
-    from jaxllm.kernels.gpu import int8_matvec
+    from jaxllm.kernels.gpu import matvec
 
-    quantised = {path: w for path, w in flatten(params).items() if isinstance(w, QArray)}
-    reasons = {path: reason for path, w in quantised.items() if (reason := int8_matvec.unfit(w))}
-    if quantised:
-        example = "".join(f" ({path}: {reason})" for path, reason in [*reasons.items()][:1])
-        taken = len(quantised) - len(reasons)
-        _log.info("quantised weights: the GPU kernel contracts %d, XLA %d%s", taken, len(reasons), example)
-    return {path: int8_matvec.contract for path in quantised if path not in reasons}
+    return _choose(params, "GPU", matvec.refuses, matvec.contract)
+
+
+def _choose(params: Params, name: str, refuses: Callable[[Any], str], contract: Kernel) -> dict[str, Kernel]:
+    matrices = {path: w for path, w in flatten(params).items() if path.endswith("/w") and len(w.shape) > 1}
+    reasons = {path: reason for path, w in matrices.items() if (reason := refuses(w))}
+    example = "".join(f" ({path}: {reason})" for path, reason in [*reasons.items()][:1])
+    taken = len(matrices) - len(reasons)
+    _log.info("%s kernels contract %d weights, XLA %d%s", name, taken, len(reasons), example)
+    return {path: contract for path in matrices if path not in reasons}
 
 
 def prepare(params: Params, platform: str) -> Params:
