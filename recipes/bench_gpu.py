@@ -9,8 +9,8 @@ at which the card reads memory, measured in the same run. An engine that is not 
 is left out, with the reason.
 
 Expected (one NVIDIA H200, jax 0.11.2, torch 2.11, transformers 5.17, 2026-11-27), tokens/s in bfloat16, in int8 and of
-transformers: Llama 3 8B's shapes 249, 373 and 188 at batch 1, 5949, 7194 and 3972 at batch 32; SmolLM2-135M's 1585,
-1116 and 748, and 38465, 33594 and 17408. Batches 8 and 128 were not measured.
+transformers: Llama 3 8B's shapes 248, 402 and 189 at batch 1, 1742, 2765 and 1358 at 8, 5958, 8309 and 3985 at 32, and
+17944, 15235 and 8032 at 128; SmolLM2-135M's 1842, 1714 and 746 at batch 1, and 98932, 90691 and 42456 at 128.
 Run: pip install -e '.[cuda]' torch transformers && python recipes/bench_gpu.py [--models llama-3-8b] [--batches 1,32]
 """
 
