@@ -17,6 +17,7 @@ import inspect
 import json
 import logging
 import math
+import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,7 @@ from jaxllm.checkpoint.tensors import Tensor, code, read_all, write_file
 from jaxllm.compile import DONATING, Lowering, Programs, compile_programs, parse, prefill_chunks
 from jaxllm.config import ModelConfig
 from jaxllm.generate import Engine, storable
+from jaxllm.hub import cache_dir
 from jaxllm.kernels import cpu
 from jaxllm.lm import embed_tokens, predict, run_layer
 from jaxllm.params import Params, unflatten
@@ -90,9 +92,8 @@ def lower(spec: Spec, cfg: ModelConfig, params: Params, devices: Sequence[Any]) 
 
 
 def _lowering(spec: Spec, cfg: ModelConfig, params: Params, devices: Sequence[Any]) -> Lowering:
-    mesh = spec.make_mesh(devices)
-    platform = devices[0].platform
-    return Lowering(cfg, storable(params, mesh, platform), spec.batch, spec.max_len, mesh, spec.rules, platform)
+    mesh, kind = spec.make_mesh(devices), devices[0].platform
+    return Lowering(cfg, storable(params, mesh, kind), spec.batch, spec.max_len, mesh, spec.rules, kind)
 
 
 def _environment(lowering: Lowering, machine: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +176,8 @@ def load_bundle(path: str | Path) -> Engine:
     """An engine that is ready to generate on this machine's devices.
 
     Where devices, versions or instructions are not those that it was compiled for, that is logged, and its programs
-    are compiled anew. In any case its logits are held against those that it came with.
+    are compiled anew. Its logits are held against those that it came with; where the weights are kept as programs take
+    them, and have their hash, the first time on a machine.
     A bundle is machine code, as any program is: load those of people whom you trust.
 
     Raises ValueError when it is no bundle, is damaged, needs more devices than there are, or computes something else.
@@ -189,8 +191,10 @@ def load_bundle(path: str | Path) -> Engine:
     was, machine = manifest["environment"], executable.environment(devices)
     same = all(was.get(key) == machine[key] for key in machine)
     loads = _loads(path, manifest["programs"], devices) if same else {}
-    with ThreadPoolExecutor(1) as pool:  # what `_check` runs is loaded while all else is read
-        loads |= {name: pool.submit(loads[name]).result for name in _first(loads, spec.max_len)}
+    passed = _passed(path, manifest, machine) if same and manifest["weights"] else None
+    checked = passed is not None and passed.is_file()
+    with ThreadPoolExecutor(1) as pool:  # what is called first is loaded while all else is read
+        loads |= {name: pool.submit(loads[name]).result for name in _first(loads, spec.max_len, probe=not checked)}
         reader = open_path(path, origin="")
         assert reader.shapes is not None
         lowering = _lowering(spec, reader.cfg, unflatten(reader.shapes), devices)
@@ -200,7 +204,7 @@ def load_bundle(path: str | Path) -> Engine:
             _log.info("%s was compiled for %s; this is %s: compiling for it", path.name, *told)
             params = _load(path, spec, mesh)
             programs = compile_programs(reader.cfg, params, spec.batch, spec.max_len, mesh, rules=spec.rules)
-            probe = lowering.probe(GOLDEN).compile()
+            probe, passed, checked = lowering.probe(GOLDEN).compile(), None, False
         else:
             compiled = _programs(path, loads, lowering, devices)
             probe = compiled.pop(_PROBE)
@@ -208,9 +212,19 @@ def load_bundle(path: str | Path) -> Engine:
             digest = manifest["weights"]
             params = _load(path, spec, mesh) if digest is None else _read_weights(path, digest, lowering.params)
         engine = Engine(reader.cfg, params, programs, reader.tokenizer, spec.max_len, mesh, spec.rules)
-        rows = lowering.signature(*parse(_PROBE))[0][1].shape[0]
-        _check(engine, lambda tokens: np.asarray(probe(params, np.tile(tokens, (rows, 1))))[0], path)
+        if not checked:
+            rows = lowering.signature(*parse(_PROBE))[0][1].shape[0]
+            _check(engine, lambda tokens: np.asarray(probe(params, np.tile(tokens, (rows, 1))))[0], path)
+            if passed is not None:
+                passed.parent.mkdir(parents=True, exist_ok=True)
+                passed.touch()
     return engine
+
+
+def _passed(path: Path, manifest: Mapping[str, Any], machine: Mapping[str, Any]) -> Path:
+    """The file that says that `_check` passed here, of these programs, weights and logits, which have their hashes."""
+    what = [manifest, _digest(path / _LOGITS), machine, platform.node()]
+    return cache_dir() / "bundles" / _hash(json.dumps(what).encode())
 
 
 def _load(path: Path, spec: Spec, mesh: Mesh | None) -> Params:
@@ -278,13 +292,11 @@ def _loads(path: Path, hashes: Mapping[str, str], devices: Sequence[Any]) -> dic
     return {name: one(name) for name in hashes}
 
 
-def _first(names: Iterable[str], max_len: int) -> list[str]:
-    """Those that `_check` runs, the largest first."""
-    wanted = (_PROBE, "start", f"prefill {prefill_chunks(max_len)[0]}")
-    return sorted(
-        (name for name in names if name in wanted or name.startswith(("decode", "greedy"))),
-        key=lambda name: name != _PROBE,
-    )
+def _first(names: Iterable[str], max_len: int, probe: bool) -> list[str]:
+    """Those of a short prompt and its answer, and before them the one that `_check` needs."""
+    wanted = ("start", f"prefill {prefill_chunks(max_len)[0]}")
+    first = [name for name in names if name in wanted or name.startswith(("decode", "greedy"))]
+    return [_PROBE, *first] if probe and first else first
 
 
 def _programs(

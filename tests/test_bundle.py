@@ -150,8 +150,27 @@ def test_other_logits_than_the_golden_are_refused(copy):
         bundle.load_bundle(copy)
 
 
-def test_a_decode_that_computes_something_else_is_refused(copy, monkeypatch):
+def test_a_bundle_that_passed_is_not_checked_again(copy, sharded, tmp_path, monkeypatch):
+    checks, check = [], bundle._check
+    monkeypatch.setattr(bundle, "_check", lambda *args: (checks.append(args[-1]), check(*args)))
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))
+    loaded = [answers(bundle.load_bundle(copy)) for _ in range(2)]
+    assert loaded[0] == loaded[1]
+    assert checks == [copy]
+    np.save(copy / "golden.npy", np.roll(np.load(copy / "golden.npy"), 1, axis=-1))
+    with pytest.raises(ValueError, match="logits differ"):
+        bundle.load_bundle(copy)
+    with pytest.raises(ValueError, match="logits differ"):  # what failed did not pass
+        bundle.load_bundle(copy)
+    checks.clear()
+    for _ in range(2):  # of its weights there is no hash
+        bundle.load_bundle(sharded)
+    assert checks == [sharded, sharded]
+
+
+def test_a_decode_that_computes_something_else_is_refused(copy, tmp_path, monkeypatch):
     """As of a compiler that gets one program wrong, and the others right."""
+    monkeypatch.setenv("JAXLLM_CACHE", str(tmp_path / "cache"))  # where nothing has passed
     good = executable.callable_program
 
     def wrong(loaded, arguments, results, donated, devices):

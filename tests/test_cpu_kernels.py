@@ -28,7 +28,7 @@ from jaxllm.models import layers
 from jaxllm.params import flatten
 from tests.conftest import TINY
 
-ISAS = ("avx512", "avx2", "neon", "portable")
+ISAS = ("avx512bf16", "avx512", "avx2", "neon", "portable")
 
 
 @pytest.fixture(params=ISAS)
@@ -77,11 +77,11 @@ def rounding(x, exact, reach):
 SHAPES = ((1, (7, 64)), (2, (33, 576)), (3, (48, 64)), (5, (130, 192)), (9, (16, 128)), (40, (50, 64)))
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_float_matmuls_of_odd_shapes_equal_float64(isa, name):
+@pytest.mark.parametrize(("name", "dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+def test_float_matmuls_of_odd_shapes_equal_float64(isa, name, dtype):
     for rows, shape in SHAPES:
         w, exact = weight(name, shape)
-        x = normal((rows, shape[1]), seed=rows)
+        x = normal((rows, shape[1]), rows, dtype)
         (y,) = cpu.contract(1, x, [w], None, jnp.float32)
         expected = np.asarray(x, np.float64) @ exact.T
         np.testing.assert_allclose(y, expected, atol=1e-6 * np.abs(expected).max(), err_msg=f"{rows} x {shape}")
@@ -141,12 +141,27 @@ def test_weights_that_want_activations_rounded_otherwise_may_be_in_one_call(isa)
 
 
 @pytest.mark.parametrize("width", [5, 31, 100])
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_float_weights_may_have_any_width(isa, name, width):
+@pytest.mark.parametrize(("name", "dtype"), [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+def test_float_weights_may_have_any_width(isa, name, dtype, width):
     w, exact = weight(name, (21, width))
-    x = normal((3, width), seed=1)
+    x = normal((3, width), 1, dtype)
     (y,) = cpu.contract(1, x, [w], None, jnp.float32)
     np.testing.assert_allclose(y, np.asarray(x, np.float64) @ exact.T, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_rows_of_floats_are_xlas_but_where_bfloat16_is_multiplied(isa, dtype):
+    w, x = normal((64, 96), 0, dtype), normal((40, 96), 1, dtype)
+    text = jax.jit(lambda x: cpu.contract(1, x, [w], None, dtype)).lower(x).as_text()
+    assert ("@jaxllm_matmul" in text) is (isa == "avx512bf16" and dtype == "bfloat16")
+
+
+def test_no_number_is_lost_in_bfloat16(isa):
+    for bad in (np.nan, np.inf):
+        x = normal((6, 96), 1, "bfloat16").at[1, 5].set(bad)
+        (y,) = cpu.contract(1, x, [weight("bfloat16", (12, 96))[0]], None, jnp.bfloat16)
+        assert np.isfinite(y[::2].astype(np.float32)).all()
+        assert not np.isfinite(y[1].astype(np.float32)).any()
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w8a8-static"])
@@ -160,10 +175,10 @@ def test_rounded_activations_give_the_twins_integers(isa, name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["float32", "int8", "int4-g32"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "int4-g32"])
 def test_what_comes_before_and_after_a_matmul_is_part_of_it(isa, name, dtype):
     """Against the same in float64, from the activations as they are given."""
-    reach = {"float32": 0.0, "int8": REACH, "int4-g32": 0.0}[name]
+    reach = REACH if name == "int8" else 0.0
     first, exact = weight(name, (64, 96))
     second, exact_second = weight(name, (40, 96))
     x, up, scale = normal((2, 3, 96), 1, dtype), normal((2, 3, 96), 2, dtype), normal((96,), 3, dtype)

@@ -66,9 +66,14 @@ def library() -> Path | None:
         return None
     for target, symbol in _TARGETS.items():
         jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
-    library.jaxllm_isa.restype = ctypes.c_char_p
-    _log.info("CPU kernels: %s", library.jaxllm_isa().decode())
+    _log.info("CPU kernels: %s", _isa(library))
     return Path(path)
+
+
+def _isa(library: ctypes.CDLL) -> str:
+    """The instruction set in use."""
+    library.jaxllm_isa.restype = ctypes.c_char_p
+    return library.jaxllm_isa().decode()
 
 
 @functools.cache
@@ -193,7 +198,7 @@ def contract(
     given = activations.shape(x)
     batch = given[: len(given) - contracted]
     rows = math.prod(batch)
-    if rows > _DENSE_ROWS and not any(isinstance(w, Packed) for w in weights):
+    if rows > _DENSE_ROWS and not _takes_many_rows(x, weights):
         value = activations.value(x)
         results = [arrays.contract_cpu(contracted, value, w).astype(out) for w in weights]
         return results if add is None else [add + y for y in results]
@@ -229,6 +234,14 @@ def contract(
         buffers=np.asarray(buffers, np.int32),
     )
     return [y_MN.reshape(*batch, *n) for y_MN, n in zip(y, kept, strict=True)]
+
+
+def _takes_many_rows(x: Activations, weights: Sequence[Prepared]) -> bool:
+    """Whether the kernels are faster than XLA for any number of rows."""
+    if any(isinstance(w, Packed) for w in weights):
+        return True
+    types = {activations.dtype(x), *(w.dtype for w in weights if isinstance(w, jax.Array))}
+    return types == {jnp.dtype(jnp.bfloat16)} and _isa(ctypes.CDLL(str(library()))) == "avx512bf16"
 
 
 def _parts(w: Prepared, contracted: int) -> list[jax.Array]:

@@ -20,6 +20,10 @@ inline void pair(const float* x, int64_t K, float* y) {
     for (int i = 0; i < kLanes; ++i) y[run + i] = x[run + 2 * i], y[run + kLanes + i] = x[run + 2 * i + 1];
 }
 
+inline void halve(const float* x, int64_t K, bfloat16* y) {
+  for (int64_t k = 0; k < K; ++k) y[k] = to_bfloat16(x[k]);
+}
+
 // Several rows at once are several streams, which the processor foresees badly: the next ones are asked for in time.
 template <int R, typename T>
 inline void prefetch_rows(const T* values, int64_t K) {
@@ -59,36 +63,98 @@ inline void add_products(const bfloat16* values, const float* x, int64_t K, Floa
   }
 }
 
+// Of R rows of a weight and M of activations, whose first k values are summed up: adds the rest, and stores.
+template <int C, int R, int M, typename T, typename X>
+inline void finish_rows(const Weight& w, int64_t n, int64_t m, int64_t k, const T* values, const X* x,
+                        Float (&sums)[C][R][M]) {
+  static_assert(R == 1 || R == 4);
+  UNROLL
+  for (int i = 0; i < M; ++i) {
+    UNROLL
+    for (int r = 0; r < R; ++r)
+      UNROLL
+      for (int c = 1; c < C; ++c) sums[0][r][i] += sums[c][r][i];
+    float y[R];
+    if constexpr (R == 4)
+      sums_of_four(sums[0][0][i], sums[0][1][i], sums[0][2][i], sums[0][3][i], y);
+    else
+      y[0] = sum(sums[0][0][i]);
+    for (int64_t rest = k; rest < w.K; ++rest)
+      for (int r = 0; r < R; ++r) y[r] += to_float(values[r * w.K + rest]) * to_float(x[i * w.K + rest]);
+    const int64_t at = (m + i) * w.N + n;
+    if constexpr (R == 4)
+      store_four_results(w.y, w.add, w.bfloat16_y, at, y);
+    else
+      store_results(w.y, w.add, w.bfloat16_y, at, y, R);
+  }
+}
+
+template <int R, int M>
+constexpr int kChains = R * M < 4 ? 4 : 1;  // sums that do not wait for each other
+
 template <typename T, int R, int M>
 void dense_rows(const Activations& a, const Weight& w, int64_t n, int64_t m) {
-  constexpr int kChains = R * M < 4 ? 4 : 1;  // sums that do not wait for each other
+  constexpr int C = kChains<R, M>, kRun = kAtOnce<T>;
   const int64_t K = a.K;
   const T* values = static_cast<const T*>(w.values) + n * K;
   const float* x = (std::is_same_v<T, bfloat16> ? a.pairs : a.x) + m * K;
-  Float sums[kChains][R][M] = {};
+  Float sums[C][R][M] = {};
   int64_t k = 0;
-  for (; k + kChains * kAtOnce<T> <= K; k += kChains * kAtOnce<T>)
+  for (; k + C * kRun <= K; k += C * kRun)
     UNROLL
-    for (int c = 0; c < kChains; ++c) add_products<R, M>(values + k + c * kAtOnce<T>, x + k + c * kAtOnce<T>, K, sums[c]);
-  for (; k + kAtOnce<T> <= K; k += kAtOnce<T>) add_products<R, M>(values + k, x + k, K, sums[0]);
+    for (int c = 0; c < C; ++c) add_products<R, M>(values + k + c * kRun, x + k + c * kRun, K, sums[c]);
+  for (; k + kRun <= K; k += kRun) add_products<R, M>(values + k, x + k, K, sums[0]);
+  finish_rows(w, n, m, k, values, a.x + m * K, sums);
+}
+
+#if defined(JAXLLM_HALVES)
+template <int R, int M>
+JAXLLM_HALVES inline void add_half_products(const bfloat16* values, const bfloat16* x, int64_t K, Float (&sums)[R][M]) {
+  __m512bh row[R];
   UNROLL
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) row[r] = load_as<__m512bh>(values + r * K), prefetch_rows<R>(values + r * K, K);
+  UNROLL
+  for (int i = 0; i < M; ++i) {
+    const auto of = load_as<__m512bh>(x + i * K);
     UNROLL
-    for (int i = 0; i < M; ++i) {
-      UNROLL
-      for (int c = 1; c < kChains; ++c) sums[0][r][i] += sums[c][r][i];
-      float y = sum(sums[0][r][i]);
-      for (int64_t rest = k; rest < K; ++rest) y += to_float(values[r * K + rest]) * a.x[(m + i) * K + rest];
-      store_results(w.y, w.add, w.bfloat16_y, (m + i) * w.N + n + r, &y, 1);
-    }
+    for (int r = 0; r < R; ++r)
+      sums[r][i] = reinterpret_cast<Float>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sums[r][i]), row[r], of));
+  }
+}
+
+// As dense_rows of bfloat16 activations: an instruction takes two products to a lane.
+template <int R, int M>
+JAXLLM_HALVES void half_rows(const Activations& a, const Weight& w, int64_t n, int64_t m) {
+  constexpr int C = kChains<R, M>, kRun = 2 * kLanes;
+  const int64_t K = a.K;
+  const auto* values = static_cast<const bfloat16*>(w.values) + n * K;
+  const bfloat16* x = a.halves + m * K;
+  Float sums[C][R][M] = {};
+  int64_t k = 0;
+  for (; k + C * kRun <= K; k += C * kRun)
+    UNROLL
+    for (int c = 0; c < C; ++c) add_half_products<R, M>(values + k + c * kRun, x + k + c * kRun, K, sums[c]);
+  for (; k + kRun <= K; k += kRun) add_half_products<R, M>(values + k, x + k, K, sums[0]);
+  finish_rows(w, n, m, k, values, x, sums);
+}
+#endif
+
+template <typename T, int R, int M>
+void rows_of(const Activations& a, const Weight& w, int64_t n, int64_t m) {
+#if defined(JAXLLM_HALVES)
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (a.halves != nullptr) return half_rows<R, M>(a, w, n, m);
+  }
+#endif
+  dense_rows<T, R, M>(a, w, n, m);
 }
 
 template <typename T, int R>
 void dense_tokens(const Activations& a, const Weight& w, int64_t n) {
   int64_t m = 0;
-  for (; m + 4 <= a.M; m += 4) dense_rows<T, R, 4>(a, w, n, m);
-  if (m + 2 <= a.M) dense_rows<T, R, 2>(a, w, n, m), m += 2;
-  if (m < a.M) dense_rows<T, R, 1>(a, w, n, m);
+  for (; m + 4 <= a.M; m += 4) rows_of<T, R, 4>(a, w, n, m);
+  if (m + 2 <= a.M) rows_of<T, R, 2>(a, w, n, m), m += 2;
+  if (m < a.M) rows_of<T, R, 1>(a, w, n, m);
 }
 
 // Of one row of activations, memory sets the pace, and rows of weights are read in one run.

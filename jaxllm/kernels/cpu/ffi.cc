@@ -64,8 +64,16 @@ const Kernels* choose(const std::string& wanted) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx512 && (wanted.empty() || wanted == "avx512")) return &avx512::kKernels;
-  if (avx2 && (wanted.empty() || wanted == "avx512" || wanted == "avx2")) return &avx2::kKernels;
+  static const auto variant = [](const char* name, decltype(Kernels::halve) halve) {
+    Kernels kernels = avx512::kKernels;
+    kernels.name = name, kernels.halve = halve;
+    return kernels;
+  };
+  static const Kernels with = variant("avx512bf16", avx512::kKernels.halve), without = variant("avx512", nullptr);
+  const bool best = wanted.empty() || wanted == with.name;
+  if (avx512 && best && __builtin_cpu_supports("avx512bf16")) return &with;
+  if (avx512 && (best || wanted == without.name)) return &without;
+  if (avx2 && wanted != portable::kKernels.name) return &avx2::kKernels;
 #elif defined(__aarch64__)
   if (has_dot_product() && wanted != "portable") return &neon::kKernels;
 #endif
@@ -136,6 +144,7 @@ const ffi::Error kWrongType = ffi::Error::InvalidArgument("jaxllm's weights are 
 ffi::Error matmul(ffi::RemainingArgs args, std::string_view before, float eps, bool add, std::string_view inputs,
                   ffi::Span<const int32_t> buffers, ffi::RemainingRets results) {
   thread_local std::vector<float> activations, pairs, steps;
+  thread_local std::vector<bfloat16> halves;
   thread_local std::vector<int8_t> rounded;
   thread_local std::vector<int32_t> integers;
   thread_local std::vector<Weight> weights;
@@ -172,17 +181,20 @@ ffi::Error matmul(ffi::RemainingArgs args, std::string_view before, float eps, b
   const bool as_is = in.before == Before::kNothing && !in.bfloat16_x, two = inputs == "float";
   const int64_t blocks = a.K / kBlock + 1, together = (a.M + kTogether - 1) / kTogether;
   if (!as_is && dense) activations.resize(a.M * a.K);
+  const bool halved = paired && in.bfloat16_x && kernels().halve != nullptr;
+  paired &= !halved;
   if (paired) pairs.resize(a.M * a.K);
+  if (halved) halves.resize(a.M * a.K);
   if (quantised) {
     steps.resize(a.M), rounded.resize(2 * a.M * a.K);
     integers.resize(2 * a.M * blocks + together * (a.K / 4 + blocks));
   }
   a.x = as_is ? static_cast<const float*>(in.x) : activations.data();
-  a.pairs = pairs.data(), a.step = steps.data();
+  a.pairs = pairs.data(), a.halves = halved ? halves.data() : nullptr, a.step = steps.data();
   a.low = rounded.data(), a.high = two ? a.low + a.M * a.K : nullptr;
   a.low_sums = integers.data(), a.high_sums = a.low_sums + a.M * blocks;
   a.beyond = a.high_sums + a.M * blocks, a.beyond_first = a.beyond + together * (a.K / 4);
-  const auto prepare = [&, all = activations.data(), pairs = pairs.data()](int64_t block) {
+  const auto prepare = [&, all = activations.data(), pairs = pairs.data(), halves = halves.data()](int64_t block) {
     thread_local std::vector<float> room;
     const int64_t first = block * kTogether, last = std::min(first + kTogether, a.M);
     if (!as_is && !dense) room.resize(kTogether * a.K);
@@ -191,6 +203,7 @@ ffi::Error matmul(ffi::RemainingArgs args, std::string_view before, float eps, b
     for (int64_t m = first; m < last; ++m) {
       if (!as_is) kernels().activate(in, m, a.K, made + (m - first) * a.K);
       if (paired) kernels().pair(x + (m - first) * a.K, a.K, pairs + m * a.K);
+      if (halved) kernels().halve(x + (m - first) * a.K, a.K, halves + m * a.K);
       if (quantised) a.step[m] = fixed;
     }
     if (quantised) kernels().round(a, x, block, int4 ? 0 : kReach, grouped);

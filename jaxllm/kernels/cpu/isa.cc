@@ -20,10 +20,16 @@ void matmul(const Activations& x, const Weight& w, int64_t first, int64_t last) 
   }
 }
 
+#if defined(JAXLLM_HALVES)
+constexpr auto kHalve = halve;
+#else
+constexpr decltype(Kernels::halve) kHalve = nullptr;
+#endif
+
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {JAXLLM_NAME, activate, pair, round, matmul, take, likeliest, attend};
+const Kernels kKernels = {JAXLLM_NAME, activate, pair, kHalve, round, matmul, take, likeliest, attend};
 
 }  // namespace JAXLLM_ISA
 }  // namespace jaxllm

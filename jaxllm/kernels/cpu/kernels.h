@@ -53,7 +53,8 @@ constexpr int kTogether = 4;
 struct Activations {
   int64_t M, K;
   const float* x;            // [M, K], where there are float weights
-  const float* pairs;        // the same as `pair` lays it out, where there are bfloat16 weights
+  const float* pairs;        // the same as `pair` lays it out, where there are bfloat16 weights, and no
+  const bfloat16* halves;    // the same in bfloat16: what they are there, or null
   float* step;               // [M]
   int8_t* low;               // [blocks of rows, K / 4, rows of the block, 4]
   int8_t* high;              // the same
@@ -112,6 +113,8 @@ struct Kernels {
   void (*activate)(const Inputs& in, int64_t m, int64_t K, float* x);
   // A row of K activations, laid out for bfloat16 weights.
   void (*pair)(const float* x, int64_t K, float* pairs);
+  // The same in bfloat16; null where the processor does not multiply that.
+  void (*halve)(const float* x, int64_t K, bfloat16* halves);
   // Rounds a block of rows [rows, K] of x. Where a row's step is 0 it is found: with high, low then reaches to `reach` times the
   // mean of the row's magnitudes, and of reach 0 all values have 16 bits. Sums: only those of all unless by_block.
   void (*round)(const Activations& a, const float* x, int64_t block, float reach, bool by_block);

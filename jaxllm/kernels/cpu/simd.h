@@ -128,6 +128,11 @@ inline unsigned nonzero(Int x) {
 #endif
 }
 
+// A function that multiplies bfloat16: for processors that do, of those that the file is compiled for.
+#if defined(__AVX512VNNI__)
+#define JAXLLM_HALVES __attribute__((target("avx512bf16")))
+#endif
+
 using jaxllm::to_float;
 inline Float to_float(Float x) { return x; }
 inline float to_float(float x) { return x; }
@@ -194,6 +199,28 @@ inline void sums_of_four(V a, V b, V c, V d, float* y) {
 #else
   y[0] = sum(a), y[1] = sum(b), y[2] = sum(c), y[3] = sum(d);
 #endif
+}
+
+// The same of four, which one instruction each converts.
+inline void store_four_results(void* y, const void* add, bool is_bfloat16, int64_t at, const float* x) {
+  using Floats = float __attribute__((vector_size(16)));
+  using Words = uint32_t __attribute__((vector_size(16)));
+  using Halves = uint16_t __attribute__((vector_size(8)));
+  auto sums = load_as<Floats>(x);
+  if (is_bfloat16) {
+    auto* to = static_cast<bfloat16*>(y) + at;
+    if (add != nullptr) {
+      const Words more = __builtin_convertvector(load_as<Halves>(static_cast<const bfloat16*>(add) + at), Words) << 16;
+      sums += reinterpret_cast<Floats>(more);
+    }
+    const Words bits = reinterpret_cast<Words>(sums);
+    const Words rounded = sums == sums ? bits + 0x7FFF + (bits >> 16 & 1) : bits | 0x400000;
+    const Halves halves = __builtin_convertvector(rounded >> 16, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+  } else {
+    if (add != nullptr) sums += load_as<Floats>(static_cast<const float*>(add) + at);
+    std::memcpy(static_cast<float*>(y) + at, &sums, sizeof sums);
+  }
 }
 
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds what is below 2^22 to an integer, ties to even
