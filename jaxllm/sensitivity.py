@@ -98,7 +98,7 @@ def allocate(places: Sequence[Sequence[Option]]) -> list[tuple[Option, ...]]:
 def within(front: Sequence[tuple[Option, ...]], budget: float) -> tuple[Option, ...]:
     """The least damage that costs at most `budget`. Raises ValueError when nothing is so cheap."""
     for choice in front:
-        if sum(option.cost for option in choice) <= budget:
+        if sum(option.cost for option in choice) <= budget * (1 + 1e-9):  # of costs added in another order
             return choice
     least = sum(option.cost for option in front[-1])
     raise ValueError(f"The budget is {budget:.4g}; the cheapest choice of the options given costs {least:.4g}.")

@@ -209,7 +209,7 @@ def _prune_by_sensitivity(sparsity: float, args: Mapping[str, Any], calibration:
     places = [
         [Option(s, (1 - s) * size, found[s]) for s in tried] for size, found in zip(sizes, damage, strict=True) if size
     ]
-    chosen = iter(within(allocate(places), (1 - sparsity) * sum(sizes) * (1 + 1e-9)))
+    chosen = iter(within(allocate(places), (1 - sparsity) * sum(sizes)))
     each = {i: cast(float, next(chosen).name) for i, size in enumerate(sizes) if size}
     rules = {rf"(?=layers_{i}/)(?:{match})": s for i, s in each.items()}
     # The ledger gets the rules that were found: replaying them needs no measuring.
