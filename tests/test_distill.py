@@ -242,8 +242,8 @@ def test_killed_at_any_moment_it_ends_in_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize(
     "how",
-    [{"sparsity": 0.5}, {"on_policy": 0.5, "quantize": "int8", "mesh": jaxllm.make_mesh(data=2, model=2)}],
-    ids=["sparsity", "on_policy_mesh"],
+    [{"sparsity": 0.5, "on_policy": 0.5, "quantize": "int8"}, {"mesh": jaxllm.make_mesh(data=2, model=2)}],
+    ids=["all", "mesh"],
 )
 def test_a_run_that_broke_off_goes_on_to_the_same_weights(student, tmp_path, how):
     def stop(message):

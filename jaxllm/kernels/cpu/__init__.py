@@ -1,9 +1,9 @@
 """C++ kernels for CPUs, which XLA calls through its foreign function interface: matmuls of few rows, quantised weights,
 and attention over the cache. XLA's own forms of these read memory at a tenth of its rate, or wake a thread for each.
 
-Set JAXLLM_CPU_KERNELS to 0 to do without them, or to the file of another build; JAXLLM_ISA to avx512, avx2 or portable
-for kernels of less than this processor has; JAXLLM_THREADS to the number of threads, by default as many as the process
-may run on.
+Set JAXLLM_CPU_KERNELS to 0 to do without them, or to the file of another build; JAXLLM_ISA to avx512 (without
+bfloat16 products), avx2 or portable for kernels of less than this processor has; JAXLLM_THREADS to the number of
+threads, by default as many as the process may run on.
 """
 
 from __future__ import annotations
