@@ -15,7 +15,7 @@ Ratios are ours over the best peer of a class, above 1 where ours is better. Oth
 
 Expected (2 cores with AVX-512 VNNI that read 33 GB/s, 2026-11-27, three rounds): at batch 1 ours in int8 197, int4 261,
 bfloat16 109 tokens/s, 1.6, 1.5 to 1.7 and 1.2 times the best peer of the class; at batch 8 and 32 1.3 to 1.65 times the
-best of all, at a context of 4096 2.4 times; at a prompt of 512 tokens 0.9 to 1.1 times OpenVINO. transformers decodes
+best of all, at a context of 4096 2.4 times; at a prompt of 512 tokens 0.9 to 1.2 times OpenVINO. transformers decodes
 29 tokens/s in bfloat16 and 43 in int8.
 Run: pip install -e '.[bench]' && python recipes/bench_cpu.py [--engines ours,llama.cpp-Q8_0] [--rounds 5] [--json]
 """
