@@ -53,8 +53,8 @@ constexpr int kTogether = 4;
 struct Activations {
   int64_t M, K;
   const float* x;            // [M, K], where there are float weights
-  const float* pairs;        // the same as `pair` lays it out, where there are bfloat16 weights, and no
-  const bfloat16* halves;    // the same in bfloat16: what they are there, or null
+  const float* pairs;        // the same as `pair` lays it out, where bfloat16 weights have no `halves`
+  const bfloat16* halves;    // the same in bfloat16, as they were given, where the processor multiplies that; or null
   float* step;               // [M]
   int8_t* low;               // [blocks of rows, K / 4, rows of the block, 4]
   int8_t* high;              // the same
