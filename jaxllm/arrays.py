@@ -315,15 +315,15 @@ def contract_gpu(contracted: int, x: jax.Array, w: Prepared, out: DTypeLike) -> 
     return jnp.sum(products, axis=tuple(range(len(kept), w.ndim))).reshape(*batch, *kept)
 
 
+_SPLIT_SIZE = 2**25  # of a weight, from which on
+
+
 def _split_on_gpu(rows: int, w: Prepared) -> bool:
     """Whether int8 tensor cores are to take the rows, each as two: with some dozens of rows, and so large a weight,
     that takes less time than making the weight float, though rounding the rows is two kernels more."""
     if not isinstance(w, QArray) or w.values.dtype != jnp.int8 or w.groups > 1 or w.int8_inputs:
         return False
     return 16 <= rows <= 64 and math.prod(w.shape) >= _SPLIT_SIZE
-
-
-_SPLIT_SIZE = 2**25
 
 
 _MATMUL_ROWS = 8

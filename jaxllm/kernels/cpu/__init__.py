@@ -1,5 +1,6 @@
-"""C++ kernels for CPUs, which XLA calls through its foreign function interface: matmuls of few rows, quantised weights,
-and attention over the cache. XLA's own forms of these read memory at a tenth of its rate, or wake a thread for each.
+"""C++ kernels for CPUs, which XLA calls through its foreign function interface: matmuls of few rows, of quantised
+weights, and of bfloat16 where the processor multiplies it; and attention over the cache. XLA's own forms of these read
+memory at a tenth of its rate, or wake a thread for each.
 
 Set JAXLLM_CPU_KERNELS to 0 to do without them, or to the file of another build; JAXLLM_ISA to avx512 (without
 bfloat16 products), avx2 or portable for kernels of less than this processor has; JAXLLM_THREADS to the number of
@@ -42,7 +43,7 @@ _BLOCK = 32  # kBlock of kernels.h
 _ALIGNED, _HUGE = 64, 2 << 20  # bytes
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # linux/mman.h
 _LARGEST_K = 1 << 16  # of int8: sums of more might leave int32
-_DENSE_ROWS = 16  # from more rows on, XLA's matmul of float weights is the faster one
+_DENSE_ROWS = 16  # of more, XLA's matmul of float weights is the faster one, but see _takes_many_rows
 
 
 @functools.cache
