@@ -243,6 +243,7 @@ def entries(shape, seed, kind):
         (1, 1, 9, 3, 64, 300, None),  # longer than what one thread takes
         (3, 1, 4, 4, 20, 150, 40),
         (1, 1, 16, 1, 8, 64, None),  # more queries of one head than a vector has lanes
+        (2, 1, 14, 2, 128, 133, 50),  # more than a register's row of columns, and than are multiplied at once
         (2, 37, 8, 2, 20, 150, 13),
         (1, 64, 6, 3, 64, 128, None),
     ],
@@ -275,6 +276,19 @@ def test_attention_equals_its_twin(isa, kind, batch, length, heads, kv_heads, wi
         assert (np.abs(a - b) > 1e-5).mean() < 0.01
     tolerance = {"float32": 3e-6, "bfloat16": 2e-2, "int8": 2e-3}[kind]
     np.testing.assert_allclose(y.astype(jnp.float32), expected.astype(jnp.float32), atol=tolerance)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "slots"), [(9, 3, 64, 300), (14, 2, 128, 133), (6, 2, 20, 150)])
+def test_queries_and_weights_over_an_int8_cache_have_15_bits(isa, heads, kv_heads, width, slots):
+    past = LayerCache(*(entries((1, kv_heads, slots, width), seed, "int8") for seed in (1, 2)), False)
+    q, new = normal((1, 1, heads, width), 3), normal((1, 1, kv_heads, width), 4)
+    last = jnp.full((1, 1), slots - 1)
+    y, written = cpu.attend(past, q, new, new, last, jnp.zeros((1, 1, width // 2)), None)
+    k, v = (np.asarray(x.values[0], np.float64) * np.asarray(x.scale[0])[..., None] for x in (written.k, written.v))
+    grouped = np.asarray(q, np.float64).reshape(kv_heads, -1, width)
+    weights = np.exp(grouped @ k.swapaxes(1, 2) / np.sqrt(width))
+    expected = (weights / weights.sum(-1, keepdims=True)) @ v
+    np.testing.assert_allclose(y.reshape(expected.shape), expected, atol=1e-4)
 
 
 def test_what_does_not_fit_the_cache_is_left_out(isa):

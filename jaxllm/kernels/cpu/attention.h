@@ -6,6 +6,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "bytes.h"
 #include "kernels.h"
 #include "products.h"
 #include "room.h"
@@ -15,18 +16,19 @@ namespace jaxllm {
 namespace JAXLLM_ISA {
 
 // A cache of int8 is multiplied in int16, whose sums are exact and of which an instruction takes twice as many as of
-// floats: queries and weights are rounded to 15 bits. Other caches are multiplied in floats.
+// floats, or in bytes, if queries are few: queries and weights are rounded to 15 bits. Other caches are multiplied in
+// floats.
 template <typename T>
 constexpr bool kWords = std::is_same_v<T, int8_t>;
 template <typename T>
 using Factor = std::conditional_t<kWords<T>, int32_t, float>;  // two int16, or a float
-constexpr float kMostWord = 32767.0f;
+constexpr float kMostWord = 32639.0f;  // the most of which the higher digit is an int8
 
-// Slots that are looked at together: by many queries, and by few, where the keys or values of so many fill half of a
-// processor's first cache.
+// Slots that are looked at together: by many queries, and by few, where the keys or values of so many fill a quarter of
+// a processor's first cache.
 constexpr int kSlots = 64;
 template <typename T>
-constexpr int kSlotsOfFew = kWords<T> ? 256 : 64;
+constexpr int kSlotsOfFew = kWords<T> ? 128 : 64;
 
 template <typename T>
 inline auto load_factors(const T* p) {
@@ -81,8 +83,8 @@ inline float round_query(const float* q, int64_t H, int16_t* words) {
   }
   for (; h < H; ++h) absmax = std::max(absmax, std::fabs(q[h])), wrong += q[h] - q[h];
   if (sum(wrong) != 0) return NAN;
-  // No sum of products with int8 overflows.
-  const float last = std::min(kMostWord, std::floor(2147483647.0f / (128.0f * static_cast<float>(H))));
+  // No sum of products with bytes overflows.
+  const float last = std::min(kMostWord, std::floor(2147483647.0f / (255.0f * static_cast<float>(H))));
   const float unit = std::max(std::max(absmax, highest(most)) / last, std::numeric_limits<float>::min());
   const float factor = 1.0f / unit;
   for (h = 0; h + kLanes <= H; h += kLanes) store_words(words + h, load(q + h) * factor);
@@ -91,14 +93,14 @@ inline float round_query(const float* q, int64_t H, int16_t* words) {
 }
 
 // Scores [kR, kSlotsOfFew] of queries [kR, H] and keys [count, H]. A short run of a cache is over before the processor
-// foresees it, so each step asks for as much of the values, which come next.
+// foresees it, so each step asks for as much from `ahead`.
 template <typename T, int kR>
-inline void score_few(const Factor<T>* q, const T* k, const T* v, int64_t H, int64_t count, float* scores) {
+inline void score_few(const Factor<T>* q, const T* k, const T* ahead, int64_t H, int64_t count, float* scores) {
   constexpr int kValues = kWords<T> ? 2 : 1;  // of a factor
   const int64_t row = (H + kValues - 1) / kValues;
   using Sum = decltype(load_factors(k));
   for (int64_t s = 0; s < count; s += 4) {
-    prefetch(v + s * H, 4 * H);
+    prefetch(ahead + s * H, 4 * H);
     const T* keys[4];
     UNROLL
     for (int i = 0; i < 4; ++i) keys[i] = k + std::min(s + i, count - 1) * H;
@@ -157,10 +159,10 @@ struct Running {
   float *unit, *highest, *total, *keep;
 };
 
-// Softmax of scores [R, kSlotsOfFew], whose weights are as many words or floats.
-template <typename T>
+// Softmax of scores [R, kSlotsOfFew]. put(r, s, weights) takes a vector of weights, of int8 in slots' units.
+template <typename T, typename Put>
 inline void softmax_few(const Attention& a, const Slots& slots, const int32_t* positions, int64_t R, float* scores,
-                        void* weights, const Running& running) {
+                        const Running& running, const Put& put) {
   constexpr bool kWhole = kWords<T>;
   constexpr int kSlots = kSlotsOfFew<T>;
   Int lanes;
@@ -186,10 +188,7 @@ inline void softmax_few(const Attention& a, const Slots& slots, const int32_t* p
     for (int32_t s = 0; s < slots.count; s += kLanes) {
       const Float weight = exp_negative(load(of + s) - base);
       total += weight;
-      if (kWhole)
-        store_words(static_cast<int16_t*>(weights) + r * kSlots + s, weight * load(slots.v_scale + s));
-      else
-        store(static_cast<float*>(weights) + r * kSlots + s, weight);
+      put(r, s, kWhole ? weight * load(slots.v_scale + s) : weight);
     }
     running.keep[r] = best == before ? 1.0f : std::exp(before - base);
     running.total[r] = running.total[r] * running.keep[r] + sum(total);
@@ -252,7 +251,7 @@ void attend_as(const Attention& a, const Piece& piece, const Piece& next, const 
   const float to_score = 1.0f / std::sqrt(static_cast<float>(H));
 
   // Few rows: scores [R, slots], each a dot product along H. Many: [slots, R], so that the keys need no transposing.
-  const bool few = R < kLanes;
+  const bool few = R < kLanes, bytes = kHasBytes && kWhole && few && H % kColumns == 0;
   thread_local Room<float> floats;
   thread_local Room<F> factors;
   thread_local Room<int32_t> places;
@@ -266,7 +265,7 @@ void attend_as(const Attention& a, const Piece& piece, const Piece& next, const 
   float* y = scores + wide_R * at_once;  // [R, wide_H]
   float* const each = y + wide_R * wide_H;
   const Running running{each, each + wide_R, each + 2 * wide_R, each + 3 * wide_R};
-  int32_t* at_R = places.of(wide_R);
+  int32_t *at_R = places.of(2 * wide_R), *excess = at_R + wide_R;
   std::fill(at_R, at_R + wide_R, INT32_MIN / 2);
   std::fill(running.highest, running.total, -INFINITY);
   std::fill(running.total, running.keep, 0.0f);
@@ -280,7 +279,11 @@ void attend_as(const Attention& a, const Piece& piece, const Piece& next, const 
       int16_t* words = word_room.of(2 * deep_H);
       words[2 * deep_H - 1] = 0;
       running.unit[r] = to_score * round_query(from, H, words);
-      for (int64_t h = 0; h < deep_H; ++h) std::memcpy(&to(h), words + 2 * h, sizeof(F));
+      if (bytes) {
+        excess[r] = kOffset * split(words, H, reinterpret_cast<int8_t*>(queries) + r * kDigits * H);
+      } else {
+        for (int64_t h = 0; h < deep_H; ++h) std::memcpy(&to(h), words + 2 * h, sizeof(F));
+      }
     } else {
       for (int64_t h = 0; h < H; ++h) to(h) = from[h] * to_score;
     }
@@ -291,13 +294,37 @@ void attend_as(const Attention& a, const Piece& piece, const Piece& next, const 
     const T *keys = k + first * H, *values = v + first * H;
     const int64_t then = first + at_once < piece.last ? cache_row * a.S + first + at_once
                                                       : (next.b * a.K + next.k) * a.S + next.first;
-    const T* ahead = static_cast<const T*>(a.k) + then * H;
+    const T *next_keys = static_cast<const T*>(a.k) + then * H, *next_values = static_cast<const T*>(a.v) + then * H;
     if (kWhole) prefetch(a.k_scale + then, at_once), prefetch(a.v_scale + then, at_once);
+    if constexpr (kHasBytes && kWhole) {
+      if (bytes) {
+        by_few<4>(R, [&](auto rows, int64_t r) {
+          const auto* digits = reinterpret_cast<const int8_t*>(queries) + r * kDigits * H;
+          score_bytes<rows>(digits, excess + r, keys, next_keys, H, slots.count, scores + r * at_once, at_once);
+        });
+        auto* digits = reinterpret_cast<int8_t*>(weights);
+        softmax_few<T>(a, slots, positions, R, scores, running, [&](int64_t r, int64_t s, Float of) {
+          const Int words = to_int(of);
+          store_bytes(digits + r * kDigits * at_once + s, words >> 8);
+          store_bytes(digits + (r * kDigits + 1) * at_once + s, words);
+        });
+        by_few<3>(R, [&](auto rows, int64_t r) {
+          mix_bytes<rows>(digits + r * kDigits * at_once, at_once, values, next_values, H, slots.count, running.keep + r,
+                          slots.unit, y + r * H);
+        });
+        continue;
+      }
+    }
     if (few) {
-      by_few(R, [&](auto rows, int64_t r) {
-        score_few<T, rows>(queries + r * deep_H, keys, values, H, slots.count, scores + r * at_once);
+      by_few<4>(R, [&](auto rows, int64_t r) {
+        score_few<T, rows>(queries + r * deep_H, keys, next_keys, H, slots.count, scores + r * at_once);
       });
-      softmax_few<T>(a, slots, positions, R, scores, kWhole ? static_cast<void*>(weights) : scores, running);
+      softmax_few<T>(a, slots, positions, R, scores, running, [&](int64_t r, int64_t s, Float of) {
+        if constexpr (kWhole)
+          store_words(reinterpret_cast<int16_t*>(weights) + r * at_once + s, of);
+        else
+          store(scores + r * at_once + s, of);
+      });
     } else {
       const auto score = [&](const F* of, int64_t row) {
         multiply(of, row, 1, Rows<F>{queries, wide_R, nullptr}, slots.count, wide_R, deep_H,
@@ -323,13 +350,13 @@ void attend_as(const Attention& a, const Piece& piece, const Piece& next, const 
     if constexpr (kWhole) {
       const int64_t row = few ? at_once / 2 : 1, next = few ? 1 : wide_R, depth = (slots.count + 1) / 2;
       if (direct)
-        mix(weights, row, next, RowPairs{values, H, slots.count, ahead}, depth);
+        mix(weights, row, next, RowPairs{values, H, slots.count, next_values}, depth);
       else
         mix(weights, row, next, pair_rows(values, slots.count, H, wide_H, value_room), depth);
     } else {
       const int64_t row = few ? at_once : 1, next = few ? 1 : wide_R;
       if (direct)
-        mix(scores, row, next, Rows<T>{values, H, ahead}, slots.count);
+        mix(scores, row, next, Rows<T>{values, H, next_values}, slots.count);
       else
         mix(scores, row, next, as_floats(values, slots.count, H, wide_H, value_room), slots.count);
     }

@@ -48,7 +48,7 @@ constexpr int64_t kRowsToShare = 8;        // of activations, to prepare
 // weights is disturbed three times as much: there all activations have 16 bits.
 constexpr float kReach = 3.5f;
 constexpr int64_t kPieceSlots = 128;       // of a cache, at least
-constexpr int64_t kPiecesOfThread = 16;    // so many that no thread waits long for another
+constexpr int64_t kPiecesOfThread = 8;    // so many that no thread waits long for another
 constexpr int64_t kTileRows = 48;          // queries times heads
 
 #if defined(__aarch64__) && defined(__linux__)
@@ -355,16 +355,13 @@ ffi::Error attend(ffi::AnyBuffer q, ffi::AnyBuffer new_k, ffi::AnyBuffer new_v, 
       for (int64_t h = 0; h < a.H; ++h) to[h] /= sum;
     }
   };
-  // Pieces that follow each other are done by one thread, which asks for the next one's keys in time.
-  const int64_t runs = std::min(pieces, enough);
-  team().run(runs, [&](int64_t run) {
-    const int64_t end = pieces * (run + 1) / runs;
-    for (int64_t piece = pieces * run / runs; piece < end; ++piece) {
-      const Piece here = at(piece), next = piece + 1 < end ? at(piece + 1) : here;
-      const Partial partial{room.highest + piece * part, room.total + piece * part, room.y + piece * part * a.H};
-      kernels().attend(a, here, next, partial);
-      if (cuts == 1) finish(piece);
-    }
+  // Threads take pieces in turns: as a rule, the next one is as many pieces ahead as there are threads.
+  const int64_t turn = team().size();
+  team().run(pieces, [&](int64_t piece) {
+    const Piece here = at(piece), next = piece + turn < pieces ? at(piece + turn) : here;
+    const Partial partial{room.highest + piece * part, room.total + piece * part, room.y + piece * part * a.H};
+    kernels().attend(a, here, next, partial);
+    if (cuts == 1) finish(piece);
   });
   if (cuts > 1) team().run(pieces / cuts, finish);
   if (!direct) {

@@ -105,7 +105,7 @@ inline Int add_pairs(Int sum, Int a, Int b) {
 inline void store(float* p, Float x) { std::memcpy(p, &x, sizeof x); }
 inline void store(int32_t* p, Int x) { std::memcpy(p, &x, sizeof x); }
 
-// Integers in [-128, 127] as bytes.
+// The lower bytes of integers.
 inline void store_bytes(int8_t* p, Int x) {
 #if defined(__AVX512VNNI__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x)));
