@@ -178,8 +178,10 @@ inline void softmax_few(const Attention& a, const Slots& slots, const int32_t* p
     for (int32_t s = 0; s < slots.count; s += kLanes) {
       Float score = load(of + s);
       if (kWhole) score *= load(slots.k_scale + s) * running.unit[r];
-      const Int slot = lanes + s;
-      score = ((slot >= from) & (slot < to)) ? score : fill(-INFINITY);
+      if (s < from || s + kLanes > to) {
+        const Int slot = lanes + s;
+        score = ((slot >= from) & (slot < to)) ? score : fill(-INFINITY);
+      }
       store(of + s, score);
       top = larger(top, score);
     }

@@ -47,15 +47,16 @@ inline Bytes sixteen(const int8_t* x) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
 }
 
-// Slots [s, s + 4) of a cache [count, H], of which the last is taken for those beyond, from column h on.
+// Slots [s, s + 4) of a cache [count, H], of which the last is taken for those beyond.
 struct FourSlots {
   const int8_t* rows[4];
 
   FourSlots(const int8_t* cache, int64_t H, int64_t count, int64_t s) {
+    const bool whole = s + 4 <= count;
     UNROLL
-    for (int i = 0; i < 4; ++i) rows[i] = cache + std::min(s + i, count - 1) * H;
+    for (int i = 0; i < 4; ++i) rows[i] = cache + (whole ? s + i : std::min(s + i, count - 1)) * H;
   }
-  Bytes load(int i, int64_t h) const { return _mm512_loadu_si512(rows[i] + h); }
+  Bytes load(int i) const { return _mm512_loadu_si512(rows[i]); }
 };
 
 // Vectors as a matrix of quarters, transposed.
@@ -92,16 +93,24 @@ inline Int sums_of_slots(const Int (&x)[4]) {
 template <int kR>
 void score_bytes(const int8_t* q, const int32_t* excess, const int8_t* k, const int8_t* ahead, int64_t H, int64_t count,
                  float* scores, int64_t row) {
-  for (int64_t s = 0; s < count; s += kLanes) {
-    Int parts[kR][4];
+  for (int64_t h = 0; h < H; h += kColumns) {
+    Int queries[kR][kDigits][4];
     UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const FourSlots slots(k, H, count, s + 4 * i);
-      prefetch(ahead + (s + 4 * i) * H, 4 * H);
-      Int sums[kR][kDigits] = {};
-      for (int64_t h = 0; h < H; h += kColumns) {
+    for (int r = 0; r < kR; ++r)
+      UNROLL
+      for (int digit = 0; digit < kDigits; ++digit)
+        UNROLL
+        for (int c = 0; c < 4; ++c)
+          queries[r][digit][c] = reinterpret_cast<Int>(sixteen(q + (r * kDigits + digit) * H + h + 16 * c));
+    for (int64_t s = 0; s < count; s += kLanes) {
+      Int parts[kR][4];
+      UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const FourSlots slots(k + h, H, count, s + 4 * i);
+        prefetch(ahead + (s + 4 * i) * H + 4 * h, 4 * kColumns);
         Int keys[4];  // each with sixteen values of each slot
-        transpose_quarters(slots.load(0, h), slots.load(1, h), slots.load(2, h), slots.load(3, h), keys);
+        transpose_quarters(slots.load(0), slots.load(1), slots.load(2), slots.load(3), keys);
+        Int sums[kR][kDigits] = {};
         UNROLL
         for (int c = 0; c < 4; ++c) {
           const Bytes of = int8_of(reinterpret_cast<Bytes>(keys[c]));
@@ -109,14 +118,18 @@ void score_bytes(const int8_t* q, const int32_t* excess, const int8_t* k, const 
           for (int r = 0; r < kR; ++r)
             UNROLL
             for (int digit = 0; digit < kDigits; ++digit)
-              sums[r][digit] = dot<true>(sums[r][digit], of, sixteen(q + (r * kDigits + digit) * H + h + 16 * c));
+              sums[r][digit] = dot<true>(sums[r][digit], of, reinterpret_cast<Bytes>(queries[r][digit][c]));
         }
+        UNROLL
+        for (int r = 0; r < kR; ++r) parts[r][i] = sums[r][0] * 256 + sums[r][1];
       }
       UNROLL
-      for (int r = 0; r < kR; ++r) parts[r][i] = sums[r][0] * 256 + sums[r][1];
+      for (int r = 0; r < kR; ++r) {
+        float* to = scores + r * row + s;
+        const Int sum = sums_of_slots(parts[r]) + (h == 0 ? fill(-excess[r]) : load_as<Int>(to));
+        store(to, h + kColumns < H ? reinterpret_cast<Float>(sum) : to_float(sum));
+      }
     }
-    UNROLL
-    for (int r = 0; r < kR; ++r) store(scores + r * row + s, to_float(sums_of_slots(parts[r]) - excess[r]));
   }
 }
 
@@ -126,10 +139,10 @@ void mix_bytes(const int8_t* weights, int64_t row, const int8_t* v, const int8_t
   for (int64_t h = 0; h < H; h += kColumns) {
     Int sums[kR][kDigits][4] = {};
     for (int64_t s = 0; s < count; s += 4) {
-      const FourSlots slots(v, H, count, s);
+      const FourSlots slots(v + h, H, count, s);
       prefetch(ahead + s * H + 4 * h, 4 * kColumns);
       Int values[4];
-      interleave(slots.load(0, h), slots.load(1, h), slots.load(2, h), slots.load(3, h), values);
+      interleave(slots.load(0), slots.load(1), slots.load(2), slots.load(3), values);
       UNROLL
       for (int r = 0; r < kR; ++r)
         UNROLL

@@ -252,10 +252,13 @@ void put(const float* x, int64_t H, Type type, void* values, float* scales, int6
     default: {
       float absmax = 0;
       for (int64_t h = 0; h < H; ++h) absmax = !(std::fabs(x[h]) <= absmax) ? std::fabs(x[h]) : absmax;  // a NaN stays
-      const float scale = absmax == 0 ? 1.0f : absmax / 127.0f;
-      for (int64_t h = 0; h < H; ++h)
-        static_cast<int8_t*>(values)[slot * H + h] = scale == scale ? static_cast<int8_t>(std::nearbyint(x[h] / scale)) : 0;
-      scales[slot] = scale;
+      const float scale = scales[slot] = absmax == 0 ? 1.0f : absmax / 127.0f;
+      int8_t* to = static_cast<int8_t*>(values) + slot * H;
+      constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23, as in simd.h: adding it rounds to the nearest, ties to even
+      for (int64_t h = 0; h < H; ++h) {
+        const float whole = (x[h] / scale + kMagic) - kMagic;
+        to[h] = static_cast<int8_t>(whole == whole ? static_cast<int32_t>(whole) : 0);
+      }
     }
   }
 }

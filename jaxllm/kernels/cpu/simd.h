@@ -225,8 +225,14 @@ inline void store_four_results(void* y, const void* add, bool is_bfloat16, int64
 
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds what is below 2^22 to an integer, ties to even
 
-// Of what is below 2^22 in magnitude.
-inline Int to_int(Float x) { return __builtin_convertvector((x + kMagic) - kMagic, Int); }
+// To the nearest, ties to even, of what is below 2^22 in magnitude.
+inline Int to_int(Float x) {
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Int>(_mm512_cvtps_epi32(reinterpret_cast<__m512>(x)));
+#else
+  return __builtin_convertvector((x + kMagic) - kMagic, Int);
+#endif
+}
 
 inline void store_words(int16_t* p, Float x) {
   using Word = int16_t __attribute__((vector_size(2 * kLanes)));
@@ -243,20 +249,25 @@ inline float highest(Float x) {
   return y;
 }
 
-// exp(x) for x <= 0, of relative error 2e-7; 0 below -87. Cody & Waite's reduction and a polynomial of degree 6 (the
-// Taylor series, good enough over |r| <= ln 2 / 2).
+// exp(x) for x <= 0, of relative error 2e-7; 0 below -87. Cody & Waite's reduction and the polynomial of degree 5 that is
+// 1 at 0 and of the least relative error over |r| <= ln 2 / 2.
 inline Float exp_negative(Float x) {
   const Float n = (x * 1.44269504f + kMagic) - kMagic;
   const Float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Float y = fill(1.0f / 720);
-  y = y * r + 1.0f / 120;
-  y = y * r + 1.0f / 24;
-  y = y * r + 1.0f / 6;
-  y = y * r + 0.5f;
+  Float y = fill(0.008290315f);
+  y = y * r + 0.04189793f;
+  y = y * r + 0.16667636f;
+  y = y * r + 0.4999915f;
+  y = y * r + 0.9999997f;
   y = y * r + 1.0f;
-  y = y * r + 1.0f;
+#if defined(__AVX512VNNI__)
+  const __mmask16 kept = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  return reinterpret_cast<Float>(
+      _mm512_maskz_scalef_ps(kept, reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(n)));
+#else
   const Int bits = (__builtin_convertvector(n, Int) + 127) << 23;
   return x < -87.0f ? Float{} : y * reinterpret_cast<Float>(bits);
+#endif
 }
 
 }  // namespace JAXLLM_ISA
