@@ -300,7 +300,7 @@ void attend_as(const Attention& a, const Piece& piece, const Piece& next, const 
     if (kWhole) prefetch(a.k_scale + then, at_once), prefetch(a.v_scale + then, at_once);
     if constexpr (kHasBytes && kWhole) {
       if (bytes) {
-        by_few<4>(R, [&](auto rows, int64_t r) {
+        by_few(R, [&](auto rows, int64_t r) {
           const auto* digits = reinterpret_cast<const int8_t*>(queries) + r * kDigits * H;
           score_bytes<rows>(digits, excess + r, keys, next_keys, H, slots.count, scores + r * at_once, at_once);
         });
@@ -310,7 +310,7 @@ void attend_as(const Attention& a, const Piece& piece, const Piece& next, const 
           store_bytes(digits + r * kDigits * at_once + s, words >> 8);
           store_bytes(digits + (r * kDigits + 1) * at_once + s, words);
         });
-        by_few<3>(R, [&](auto rows, int64_t r) {
+        by_few(R, [&](auto rows, int64_t r) {
           mix_bytes<rows>(digits + r * kDigits * at_once, at_once, values, next_values, H, slots.count, running.keep + r,
                           slots.unit, y + r * H);
         });
@@ -318,7 +318,7 @@ void attend_as(const Attention& a, const Piece& piece, const Piece& next, const 
       }
     }
     if (few) {
-      by_few<4>(R, [&](auto rows, int64_t r) {
+      by_few(R, [&](auto rows, int64_t r) {
         score_few<T, rows>(queries + r * deep_H, keys, next_keys, H, slots.count, scores + r * at_once);
       });
       softmax_few<T>(a, slots, positions, R, scores, running, [&](int64_t r, int64_t s, Float of) {

@@ -48,7 +48,7 @@ constexpr int64_t kRowsToShare = 8;        // of activations, to prepare
 // weights is disturbed three times as much: there all activations have 16 bits.
 constexpr float kReach = 3.5f;
 constexpr int64_t kPieceSlots = 128;       // of a cache, at least
-constexpr int64_t kPiecesOfThread = 8;    // so many that no thread waits long for another
+constexpr int64_t kPiecesOfThread = 8;     // so many that no thread waits long for another
 constexpr int64_t kTileRows = 48;          // queries times heads
 
 #if defined(__aarch64__) && defined(__linux__)

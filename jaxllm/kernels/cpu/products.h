@@ -27,12 +27,14 @@ inline void prefetch(const T* from, int64_t count) {
   for (int64_t byte = 0; byte < count * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(at + byte, 0, 2);
 }
 
-// Calls work(std::integral_constant rows, r) for R rows, up to kMost at once.
-template <int kMost, typename Work>
+// Calls work(std::integral_constant rows, r) for R rows, up to four at once.
+template <typename Work>
 inline void by_few(int64_t R, const Work& work) {
   int64_t r = 0;
-  for (; r + kMost <= R; r += kMost) work(std::integral_constant<int, kMost>{}, r);
-  if constexpr (kMost > 1) by_few<kMost - 1>(R - r, [&](auto rows, int64_t rest) { work(rows, r + rest); });
+  for (; r + 4 <= R; r += 4) work(std::integral_constant<int, 4>{}, r);
+  if (R - r == 3) work(std::integral_constant<int, 3>{}, r);
+  if (R - r == 2) work(std::integral_constant<int, 2>{}, r);
+  if (R - r == 1) work(std::integral_constant<int, 1>{}, r);
 }
 
 // Right factors: load(i, column) is a vector of their row i, and ask(i, column, count) prefetches what is wanted after
@@ -96,7 +98,7 @@ inline void multiply(const A* a, int64_t row, int64_t next, const Right& b, int6
                      const Store& store) {
   for (int64_t at = 0; at < width;) {
     const auto some = [&](auto vectors) {
-      by_few<4>(rows, [&](auto few, int64_t first) {
+      by_few(rows, [&](auto few, int64_t first) {
         multiply_some<few, vectors>(a + first * row, row, next, b, at, depth,
                                     [&](int64_t r, int64_t column, auto sum) { store(first + r, column, sum); });
       });
