@@ -13,10 +13,10 @@ measured between the rounds, over a step's. Same tokens: how many agree with the
 Ratios are ours over the best peer of a class, above 1 where ours is better. Other work on the machine changes who wins:
 "others_cores" says how many cores it took while engines had their turns, and should be near 0.
 
-Expected (2 cores with AVX-512 VNNI that read 33 GB/s, 2026-11-27, three rounds): at batch 1 ours in int8 197, int4 261,
-bfloat16 109 tokens/s, 1.6, 1.5 to 1.7 and 1.2 times the best peer of the class; at batch 8 and 32 1.3 to 1.65 times the
-best of all, at a context of 4096 2.4 times; at a prompt of 512 tokens 0.9 to 1.2 times OpenVINO. transformers decodes
-29 tokens/s in bfloat16 and 43 in int8.
+Expected (2 cores with AVX-512 VNNI that read 29 to 33 GB/s, 2026-11-27, two to nine rounds): at batch 1 ours in int8
+185, int4 242, bfloat16 98 tokens/s, 1.5, 1.4 and 1.1 times the best peer of the class; at batch 8 1.6, at 32 1.4 to 1.7
+times the best of all, at a context of 4096 3.4 times; at a prompt of 512 tokens 1.2 times. transformers decodes 29
+tokens/s in bfloat16, 47 in int8.
 Run: pip install -e '.[bench]' && python recipes/bench_cpu.py [--engines ours,llama.cpp-Q8_0] [--rounds 5] [--json]
 """
 

@@ -124,7 +124,7 @@ struct Kernels {
   void (*take)(const Weight& w, int64_t n, float* y);
   // Where the first of the highest of `count` is.
   int64_t (*likeliest)(const float* x, int64_t count);
-  // next: the piece that comes after.
+  // next: the piece that the thread takes after this one, as a rule, whose first slots are asked for.
   void (*attend)(const Attention& a, const Piece& piece, const Piece& next, const Partial& out);
 };
 
