@@ -40,7 +40,7 @@ def isa(request):
     use.argtypes, use.restype = (ctypes.c_char_p,), ctypes.c_char_p
     if use(request.param.encode()).decode() != request.param:
         use(b"")
-        pytest.skip(f"no {request.param} here")
+        pytest.skip(f"this processor has no {request.param}")
     yield request.param
     use(b"")
 

@@ -301,8 +301,8 @@ void attend_as(const Attention& a, const Piece& piece, const Piece& next, const 
     if constexpr (kHasBytes && kWhole) {
       if (bytes) {
         by_few(R, [&](auto rows, int64_t r) {
-          const auto* digits = reinterpret_cast<const int8_t*>(queries) + r * kDigits * H;
-          score_bytes<rows>(digits, excess + r, keys, next_keys, H, slots.count, scores + r * at_once, at_once);
+          const auto* of = reinterpret_cast<const int8_t*>(queries) + r * kDigits * H;
+          score_bytes<rows>(of, excess + r, keys, next_keys, H, slots.count, scores + r * at_once, at_once);
         });
         auto* digits = reinterpret_cast<int8_t*>(weights);
         softmax_few<T>(a, slots, positions, R, scores, running, [&](int64_t r, int64_t s, Float of) {
